@@ -1,0 +1,81 @@
+"""The equivariant convolution, one operation closed under differentiation."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from equimd.kernels.plan import (
+    ConvolutionPlan,
+    Irrep,
+    OutputBlock,
+    Path,
+    irreps_dim,
+    make_layer_plan,
+    make_plan,
+    standard_irreps,
+)
+from equimd.kernels.reference import convolve_reference
+from equimd.kernels.topology import Topology, make_topology
+
+__all__ = [
+    "Backend",
+    "ConvolutionPlan",
+    "Irrep",
+    "OutputBlock",
+    "Path",
+    "Topology",
+    "convolve",
+    "irreps_dim",
+    "make_layer_plan",
+    "make_plan",
+    "make_topology",
+    "standard_irreps",
+]
+
+Backend = Literal["auto", "reference", "numba"]
+
+
+def convolve(
+    x: Tensor,
+    sh: Tensor,
+    radial: Tensor,
+    senders: Tensor,
+    receivers: Tensor,
+    plan: ConvolutionPlan,
+    num_nodes: int | None = None,
+    backend: Backend = "auto",
+    topology: Topology | None = None,
+) -> Tensor:
+    """``out[n, path] = Σ_{e into n} radial[e, path] · CG_path(x[sender], sh[e])``, (num_nodes, D_out, C).
+
+    Differentiable to any order in ``x``, ``sh`` and ``radial`` with every backend.
+
+    Args:
+        x: Features (N, D_in, C).
+        sh: Spherical harmonics (E, (l_max_sh+1)²), e3nn component normalisation.
+        radial: Weights (E, P, C).
+        senders: Row of ``x`` that each edge reads, (E,) int64.
+        receivers: Row of the output that each edge writes, (E,) int64.
+        plan: The layout, from ``make_plan``.
+        num_nodes: Rows of the output; N unless given.
+        backend: "auto" is numba for float32 and float64 on the CPU where it can be imported, else the reference.
+        topology: ``make_topology(senders, receivers, num_nodes, N)``, to sort the edges once for many calls.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit the plan or each other.
+    """
+    n_receivers = x.shape[0] if num_nodes is None else num_nodes
+    _check(x, sh, radial, senders, plan)
+    return convolve_reference(x, sh, radial, senders, receivers, plan, n_receivers)
+
+
+def _check(x: Tensor, sh: Tensor, radial: Tensor, senders: Tensor, plan: ConvolutionPlan) -> None:
+    n_edges = senders.shape[0]
+    if x.ndim != 3 or x.shape[1] != plan.dim_in:
+        raise ValueError(f"x must be (N, {plan.dim_in}, C), got {tuple(x.shape)}")
+    if tuple(sh.shape) != (n_edges, plan.dim_sh):
+        raise ValueError(f"sh must be ({n_edges}, {plan.dim_sh}), got {tuple(sh.shape)}")
+    if tuple(radial.shape) != (n_edges, plan.n_paths, x.shape[2]):
+        raise ValueError(f"radial must be ({n_edges}, {plan.n_paths}, {x.shape[2]}), got {tuple(radial.shape)}")
+    if not (x.dtype == sh.dtype == radial.dtype and x.device == sh.device == radial.device):
+        raise ValueError(f"x, sh, radial must share dtype and device, got {x.dtype}, {sh.dtype}, {radial.dtype}")

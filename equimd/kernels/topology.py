@@ -1,0 +1,62 @@
+"""The order of the edges of one graph: made once per neighbour list, used by every kernel call on it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """Edges of a graph in two orders; the kernels walk receivers one by one, and senders for the gradient of ``x``.
+
+    senders, receivers (E,) int64. Edges into receiver n are ``receiver_order[receiver_ptr[n]:receiver_ptr[n+1]]``, the
+    same with senders; an order (E,) int64, a ptr (N+1,) int64. ``n_senders`` counts the rows of ``x``.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    n_senders: int
+    n_receivers: int
+    receiver_order: Tensor
+    receiver_ptr: Tensor
+    sender_order: Tensor
+    sender_ptr: Tensor
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges E."""
+        return int(self.senders.shape[0])
+
+
+def make_topology(senders: Tensor, receivers: Tensor, n_receivers: int, n_senders: int | None = None) -> Topology:
+    """Sort the edges by receiver (at no cost where they are sorted already) and by sender, stably.
+
+    Raises:
+        ValueError: for indices of another shape than (E,), or outside 0 … N−1.
+    """
+    n_senders = n_receivers if n_senders is None else n_senders
+    if senders.ndim != 1 or senders.shape != receivers.shape:
+        raise ValueError(f"senders and receivers must be (E,), got {tuple(senders.shape)}, {tuple(receivers.shape)}")
+    senders = senders.detach().to(torch.int64).contiguous()
+    receivers = receivers.detach().to(torch.int64).contiguous()
+    for name, index, n in (("senders", senders, n_senders), ("receivers", receivers, n_receivers)):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= n):
+            raise ValueError(f"{name} must lie in 0..{n - 1}, got {int(index.min())}..{int(index.max())}")
+    return Topology(
+        senders,
+        receivers,
+        n_senders,
+        n_receivers,
+        *_compress(receivers, n_receivers),
+        *_compress(senders, n_senders),
+    )
+
+
+def _compress(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(order, ptr) so that ``order[ptr[k]:ptr[k+1]]`` are the places where ``index`` is k, ascending."""
+    ptr = torch.zeros(n + 1, dtype=torch.int64, device=index.device)
+    torch.cumsum(torch.bincount(index, minlength=n), 0, out=ptr[1:])
+    if bool((index[1:] >= index[:-1]).all()):
+        return torch.arange(index.numel(), device=index.device), ptr
+    return torch.argsort(index, stable=True), ptr
