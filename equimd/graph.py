@@ -1,0 +1,124 @@
+"""AtomGraph: the one tensor type a model sees, and its batching.
+
+Conventions (stated once, here): edge ``e`` has the receiver (centre) ``i = edge_index[0, e]`` and the sender (neighbour)
+``j = edge_index[1, e]``; its vector is ``r_ij = x_j − x_i + S_ij @ cell``; rows of ``cell`` are lattice vectors. Edges
+are sorted by receiver. Both directions of every pair are present.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from equimd.neighbors import neighbor_list
+
+# Per-atom, per-edge and per-system fields, in the order in which they are batched.
+_ATOM_KEYS = ("positions", "atomic_numbers", "forces")
+_EDGE_KEYS = ("edge_shifts",)
+_SYSTEM_KEYS = ("cell", "pbc", "energy", "stress")
+
+
+class AtomGraph(Data):
+    """Atoms and directed edges of one structure or of a batch of S structures.
+
+    positions (N, 3) float64 Å; atomic_numbers (N,) int64; cell (S, 3, 3) float64 Å; pbc (S, 3) bool;
+    edge_index (2, E) int64 as [receiver, sender]; edge_shifts (E, 3) float64, integers S_ij;
+    batch (N,) int64, the structure each atom belongs to; n_systems int.
+    Labels, NaN where absent: energy (S,) eV float64; forces (N, 3) eV/Å float64; stress (S, 3, 3) eV/Å³ float64.
+    """
+
+    def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:
+        """Only edge_index counts atoms; every other key is concatenated as it is."""
+        return self.num_nodes if key == "edge_index" else 0
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms N over all structures."""
+        return int(self.positions.shape[0])
+
+    @property
+    def n_edges(self) -> int:
+        """Number of directed edges E."""
+        return int(self.edge_index.shape[1])
+
+    @property
+    def volume(self) -> Tensor:
+        """Cell volumes (S,) in Å³; positive for left-handed cells too, zero without a cell."""
+        return torch.linalg.det(self.cell).abs()
+
+
+def make_graph(
+    positions: Tensor,
+    atomic_numbers: Tensor,
+    edge_index: Tensor,
+    edge_shifts: Tensor,
+    cell: Tensor | None = None,
+    pbc: Tensor | None = None,
+    **labels: Tensor,
+) -> AtomGraph:
+    """One structure as an AtomGraph; ``cell`` (3, 3), ``pbc`` (3,); labels energy (), forces (N, 3), stress (3, 3)."""
+    n = positions.shape[0]
+    f64 = {"dtype": torch.float64, "device": positions.device}
+    nan = float("nan")
+    graph = AtomGraph(
+        positions=positions.to(torch.float64),
+        atomic_numbers=atomic_numbers.to(torch.int64),
+        edge_index=edge_index.to(torch.int64),
+        edge_shifts=edge_shifts.to(torch.float64),
+        cell=(torch.zeros(3, 3, **f64) if cell is None else cell.to(torch.float64)).reshape(1, 3, 3),
+        pbc=(torch.zeros(3, dtype=torch.bool, device=positions.device) if pbc is None else pbc).reshape(1, 3),
+        energy=labels.get("energy", torch.full((1,), nan, **f64)).to(torch.float64).reshape(1),
+        forces=labels.get("forces", torch.full((n, 3), nan, **f64)).to(torch.float64),
+        stress=labels.get("stress", torch.full((1, 3, 3), nan, **f64)).to(torch.float64).reshape(1, 3, 3),
+        batch=torch.zeros(n, dtype=torch.int64, device=positions.device),
+    )
+    graph.n_systems = 1
+    return graph
+
+
+def graph_from_arrays(
+    positions: np.ndarray, numbers: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float, **labels: Any
+) -> AtomGraph:
+    """One structure as an AtomGraph with every edge within ``cutoff`` Å; arrays and labels as in ``make_graph``."""
+    edge_index, shifts = neighbor_list(positions, cell, pbc, cutoff)
+    return make_graph(
+        torch.tensor(np.asarray(positions, dtype=np.float64)),
+        torch.tensor(np.asarray(numbers, dtype=np.int64)),
+        torch.from_numpy(edge_index),
+        torch.from_numpy(shifts),
+        torch.tensor(np.asarray(cell, dtype=np.float64)),
+        torch.tensor(np.asarray(pbc, dtype=bool)),
+        **{key: torch.as_tensor(np.asarray(value, dtype=np.float64)) for key, value in labels.items()},
+    )
+
+
+def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
+    """Concatenate graphs into one; equal to torch_geometric's ``Batch`` on these fields, at a tenth of its cost."""
+    if len(graphs) == 1:
+        return graphs[0]
+    first = graphs[0]
+    n_atoms = torch.tensor([g.n_atoms for g in graphs])
+    n_systems = torch.tensor([g.n_systems for g in graphs])
+    atom_offsets = (n_atoms.cumsum(0) - n_atoms).tolist()
+    system_offsets = (n_systems.cumsum(0) - n_systems).tolist()
+    cat = {key: torch.cat([g[key] for g in graphs]) for key in _ATOM_KEYS + _EDGE_KEYS + _SYSTEM_KEYS if key in first}
+    out = AtomGraph(
+        edge_index=torch.cat([g.edge_index + k for g, k in zip(graphs, atom_offsets, strict=True)], dim=1),
+        batch=torch.cat([g.batch + k for g, k in zip(graphs, system_offsets, strict=True)]),
+        **cat,
+    )
+    out.n_systems = int(n_systems.sum())
+    return out
+
+
+def edge_vectors(graph: AtomGraph, dtype: torch.dtype) -> Tensor:
+    """Edge vectors r_ij (E, 3) in Å, formed in float64 from float64 positions and cell, then cast to ``dtype``."""
+    i, j = graph.edge_index
+    vectors = graph.positions[j] - graph.positions[i]
+    if bool(graph.pbc.any()):
+        cell = graph.cell[graph.batch[i]] if graph.n_systems > 1 else graph.cell
+        vectors = vectors + torch.einsum("ea,eab->eb", graph.edge_shifts, cell.expand(len(i), 3, 3))
+    return vectors.to(dtype)

@@ -1,0 +1,1 @@
+"""Networks that turn a graph into energies, and the wrappers around them."""

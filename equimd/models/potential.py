@@ -1,0 +1,175 @@
+"""Potential: one base class for both families; energy, forces, stress and virial are derived here, once for all.
+
+An architecture implements ``network(graph, vectors)``: dimensionless atomic outputs from edge vectors. This class turns
+them into energies (per-species scale and shift, optional ZBL repulsion, isolated-atom energies) and into forces and
+stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij (Å⁻¹ eV), F_i = Σ_j (g_ij − g_ji) and
+σ = (1/V) Σ_ij r_ij ⊗ g_ij (ASE's sign, tension positive, full 3×3).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from equimd.errors import InputError
+from equimd.graph import AtomGraph, edge_vectors
+from equimd.models.radial import zbl_pair_energy
+
+MAX_ATOMIC_NUMBER = 118
+
+
+class PotentialSettings(BaseModel):
+    """What both families share; each architecture's settings extend it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cutoff: float = Field(5.0, gt=0.5, le=20.0, description="radial cutoff in Å")
+    zbl: bool = Field(True, description="add the Ziegler-Biersack-Littmark repulsion below the sum of covalent radii")
+
+
+class Prediction(NamedTuple):
+    """What a potential says of S structures with N atoms.
+
+    energy (S,) float64 eV, total including isolated atoms; energies (N,) float64 eV, relative to isolated atoms;
+    forces (N, 3) eV/Å; stress (S, 3, 3) eV/Å³ or None; virial is −V σ.
+    """
+
+    energy: Tensor
+    energies: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
+class Potential(nn.Module, ABC):
+    """Base of both families.
+
+    species: atomic numbers the potential knows, ascending. isolated_atom_energies: eV by atomic number.
+    direct_forces: True where forces come from a head of their own instead of the gradient.
+    """
+
+    family: ClassVar[str]
+    direct_forces: bool = False
+
+    def __init__(
+        self, settings: PotentialSettings, species: tuple[int, ...], isolated_atom_energies: Mapping[int, float]
+    ) -> None:
+        super().__init__()
+        missing = [z for z in species if z not in isolated_atom_energies]
+        if missing:
+            raise InputError(f"no isolated-atom energy for atomic number {missing[0]}; species are {list(species)}")
+        self.settings = settings
+        self.species = tuple(sorted(species))
+        self.cutoff = settings.cutoff
+        index = torch.full((MAX_ATOMIC_NUMBER + 1,), -1, dtype=torch.int64)
+        index[list(self.species)] = torch.arange(len(self.species))
+        e0 = torch.tensor([float(isolated_atom_energies[z]) for z in self.species], dtype=torch.float64)
+        self.register_buffer("species_index", index, persistent=False)
+        # Kept as a plain float64 tensor outside ``.to(dtype)``: a total of −10⁴ eV in float32 resolves 1 meV only.
+        self._isolated_atom_energies = e0
+        self.register_buffer("scale", torch.ones(len(self.species)))
+        self.register_buffer("shift", torch.zeros(len(self.species)))
+
+    @property
+    def isolated_atom_energies(self) -> dict[int, float]:
+        """Energies of isolated atoms in eV by atomic number."""
+        return dict(zip(self.species, self._isolated_atom_energies.tolist(), strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the network computes."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device the parameters live on."""
+        return self.scale.device
+
+    def set_scale_shift(self, scale: Mapping[int, float], shift: Mapping[int, float]) -> None:
+        """Set the energy scale and shift per species (eV, by atomic number); not trained."""
+        for z, k in zip(self.species, range(len(self.species)), strict=True):
+            self.scale[k], self.shift[k] = scale[z], shift[z]
+
+    @abstractmethod
+    def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
+        """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å; ``graph`` gives species and edges."""
+
+    def network_with_forces(self, graph: AtomGraph, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Atomic outputs (N,) and direct forces (N, 3) in eV/Å; only where ``direct_forces`` is True."""
+        raise TypeError(f"{type(self).__name__} has no direct-force head")
+
+    def species_of(self, graph: AtomGraph) -> Tensor:
+        """Species index (N,) of every atom; unknown elements are refused where graphs are made."""
+        return self.species_index[graph.atomic_numbers]
+
+    def atomic_energies(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
+        """Atomic energies (N,) in eV relative to isolated atoms, from edge vectors (E, 3)."""
+        return self._energies(graph, vectors, self.network(graph, vectors))
+
+    def _energies(self, graph: AtomGraph, vectors: Tensor, output: Tensor) -> Tensor:
+        kind = self.species_of(graph)
+        energies = output * self.scale[kind] + self.shift[kind]
+        if self.settings.zbl:
+            z = graph.atomic_numbers
+            pair = zbl_pair_energy(vectors, z[graph.edge_index[0]], z[graph.edge_index[1]])
+            energies = energies.index_add(0, graph.edge_index[0], 0.5 * pair.to(energies.dtype))
+        return energies
+
+    def forward(self, graph: AtomGraph, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        """Energy, atomic energies, forces and (if asked) stress; ``create_graph`` keeps them differentiable."""
+        kind = self.species_of(graph)
+        with torch.enable_grad():
+            vectors = edge_vectors(graph, self.dtype)
+            needs_gradient = stress or not self.direct_forces
+            if needs_gradient:
+                vectors = vectors.detach().requires_grad_()
+            if self.direct_forces:
+                output, forces = self.network_with_forces(graph, vectors)
+                relative = self._energies(graph, vectors, output)
+            else:
+                relative, forces = self.atomic_energies(graph, vectors), None
+            gradient = (
+                _edge_gradient(relative, vectors, create_graph or self.direct_forces) if needs_gradient else None
+            )
+            if forces is None:
+                assert gradient is not None
+                forces = _scatter_forces(graph, gradient)
+            sigma = _stress(graph, vectors, gradient) if stress and gradient is not None else None
+        energies = relative.to(torch.float64)
+        totals = energies + self._isolated_atom_energies.to(self.device)[kind]
+        energy = torch.zeros(graph.n_systems, dtype=torch.float64, device=self.device).index_add(
+            0, graph.batch, totals
+        )
+        if create_graph:
+            return Prediction(energy, energies, forces, sigma)
+        return Prediction(
+            energy.detach(), energies.detach(), forces.detach(), None if sigma is None else sigma.detach()
+        )
+
+
+def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
+    """∂(Σ E_i)/∂r_ij (E, 3); zero where nothing depends on the vectors (isolated atoms)."""
+    total = energies.sum()
+    if not total.requires_grad:
+        return torch.zeros_like(vectors)
+    (gradient,) = torch.autograd.grad(total, vectors, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(vectors) if gradient is None else gradient
+
+
+def _scatter_forces(graph: AtomGraph, gradient: Tensor) -> Tensor:
+    """F_i = Σ_j (g_ij − g_ji) (N, 3): the receiver's position enters r_ij with a minus sign, the sender's with a plus."""
+    i, j = graph.edge_index
+    zeros = torch.zeros(graph.n_atoms, 3, dtype=gradient.dtype, device=gradient.device)
+    return zeros.index_add(0, i, gradient).index_add(0, j, -gradient)
+
+
+def _stress(graph: AtomGraph, vectors: Tensor, gradient: Tensor) -> Tensor:
+    """σ = (1/V) Σ r ⊗ g (S, 3, 3); NaN for structures without a cell."""
+    outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
+    system = graph.batch[graph.edge_index[0]]
+    virial = torch.zeros(graph.n_systems, 3, 3, dtype=outer.dtype, device=outer.device).index_add(0, system, outer)
+    volume = graph.volume.to(virial.dtype)
+    volume = torch.where(volume > 0, volume, torch.full_like(volume, float("nan")))
+    return virial / volume[:, None, None]

@@ -1,0 +1,58 @@
+"""Radial functions shared by both families: Bessel basis, smooth cutoffs, ZBL repulsion."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from equimd.models.elements import COVALENT_RADII
+from equimd.units import BOHR, HARTREE
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """Lengths (E,) of vectors (E, 3)."""
+    return vectors.square().sum(-1).sqrt()
+
+
+class BesselBasis(nn.Module):
+    """√(2/r_c) sin(nπr/r_c)/r for n = 1..n_basis (Gasteiger et al. 2020, eq. 7), normalised to unit mean square."""
+
+    def __init__(self, cutoff: float, n_basis: int) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.register_buffer("frequencies", math.pi / cutoff * torch.arange(1, n_basis + 1))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """Basis values (E, n_basis) of distances (E,) in Å."""
+        r = distances.unsqueeze(-1)
+        return math.sqrt(2.0 / self.cutoff) * torch.sin(self.frequencies * r) / r
+
+
+def polynomial_cutoff(distances: Tensor, cutoff: float | Tensor, p: int = 6) -> Tensor:
+    """Smooth step (E,) from 1 at r = 0 to 0 at r = cutoff, p − 1 derivatives vanish there (Gasteiger et al. 2020, eq. 8)."""
+    u = (distances / cutoff).clamp(max=1.0)
+    a, b, c = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2
+    up = u**p
+    return 1.0 - a * up + b * up * u - c * up * u * u
+
+
+def cosine_cutoff(distances: Tensor, cutoff: float, width: float) -> Tensor:
+    """1 below cutoff − width, a C² smooth step to 0 at the cutoff: 1 − 10t³ + 15t⁴ − 6t⁵, t = (r − r_c + w)/w."""
+    t = ((distances - cutoff + width) / width).clamp(0.0, 1.0)
+    return 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t)
+
+
+# Universal screening function of Ziegler, Biersack and Littmark (1985).
+_ZBL_COEFFICIENTS = (0.18175, 0.50986, 0.28022, 0.02817)
+_ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
+
+
+def zbl_pair_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
+    """Screened nuclear repulsion (E,) in eV per pair, smoothly zero beyond the sum of covalent radii (as in MACE)."""
+    r = safe_norm(vectors)
+    radii = torch.tensor(COVALENT_RADII, dtype=r.dtype, device=r.device)
+    zi, zj = z_i.to(r.dtype), z_j.to(r.dtype)
+    a = 0.88534 * BOHR / (zi**0.23 + zj**0.23)
+    x = r / a
+    phi = sum(c * torch.exp(-b * x) for c, b in zip(_ZBL_COEFFICIENTS, _ZBL_EXPONENTS, strict=True))
+    return HARTREE * BOHR * zi * zj / r * phi * polynomial_cutoff(r, radii[z_i] + radii[z_j])
