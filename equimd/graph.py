@@ -5,8 +5,8 @@ Conventions (stated once, here): edge ``e`` has the receiver (centre) ``i = edge
 are sorted by receiver. Both directions of every pair are present.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from equimd.neighbors import neighbor_list
+
+T = TypeVar("T")
 
 # Per-atom, per-edge and per-system fields, in the order in which they are batched.
 _ATOM_KEYS = ("positions", "atomic_numbers", "forces")
@@ -112,6 +114,19 @@ def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
     )
     out.n_systems = int(n_systems.sum())
     return out
+
+
+def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
+    """What a network derives from the edges alone (sort orders, padded layouts): built once per edge list.
+
+    Kept outside the graph's fields, so that batching and copying do not see it; rebuilt when ``edge_index`` is another
+    tensor.
+    """
+    store = graph.__dict__.setdefault("_derived", {})
+    held = store.get(key)
+    if held is None or held[0] is not graph.edge_index:
+        held = store[key] = (graph.edge_index, build())
+    return held[1]
 
 
 def edge_vectors(graph: AtomGraph, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,204 @@
+"""Equivariant potential after NequIP (Batzner et al., Nat. Commun. 13, 2453, 2022), with options of Nequix.
+
+Features are irreps of O(3), channel-last: (N, D, C) with D rows for the (l, m) components. A layer is
+
+    h_i  = Linear_l(x_i)
+    m_i  = 1/√n̄ Σ_j R(r_ij) ⊙ (h_j ⊗ Y(r̂_ij))                    the convolution, one fused operation in ``kernels``
+    x_i' = Gate(Linear_l([m_i, x_i]))                               the second half of Linear_l is the linear skip
+
+and the atomic output is a small network on the scalars of the last layer. l_max 0 is an invariant, SchNet-like network.
+With parity off only irreps of natural parity p = (−1)^l are kept, which is still O(3)-equivariant.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from e3nn import o3
+from pydantic import Field
+from torch import Tensor, nn
+
+from equimd.graph import AtomGraph, derived
+from equimd.kernels import ConvolutionPlan, Irrep, Topology, convolve, make_plan, make_topology, standard_irreps
+from equimd.models.potential import Potential, PotentialSettings
+from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm
+
+# Second-moment normalisation of silu and sigmoid for unit-variance inputs, as e3nn's ``normalize2mom``.
+_SILU_GAIN = 1.6790
+_SIGMOID_GAIN = 1.8468
+_TANH_GAIN = 1.5927
+
+SCALAR: Irrep = (0, 1)
+
+
+class EquivariantSettings(PotentialSettings):
+    """Architecture of the equivariant family."""
+
+    family: Literal["equivariant"] = "equivariant"
+    n_layers: int = Field(3, ge=1, le=12, description="interaction layers")
+    l_max: int = Field(2, ge=0, le=3, description="highest degree of features and spherical harmonics")
+    parity: bool = Field(False, description="keep irreps of both parities (pseudo-scalars, pseudo-vectors, …)")
+    n_channels: int = Field(32, ge=1, le=1024, description="channels per irrep")
+    n_bessel: int = Field(8, ge=1, le=64, description="radial basis functions")
+    radial_width: int = Field(64, ge=1, description="width of the radial networks")
+    radial_depth: int = Field(2, ge=1, le=4, description="hidden layers of the radial networks")
+    cutoff_power: int = Field(6, ge=3, description="p of the polynomial cutoff")
+    rms_norm: bool = Field(False, description="equivariant RMS norm before each layer")
+    avg_num_neighbors: float | None = Field(None, gt=0, description="n̄; None takes the mean of the training set")
+
+
+class RadialNetwork(nn.Module):
+    """Radial weights R(r): a network without biases, so that what the cutoff sends to zero stays zero."""
+
+    def __init__(self, n_basis: int, width: int, depth: int, n_paths: int, n_channels: int) -> None:
+        super().__init__()
+        sizes = [n_basis] + [width] * depth
+        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.out = nn.Linear(width, n_paths * n_channels, bias=False)
+        self.shape = (n_paths, n_channels)
+        for layer in [*self.hidden, self.out]:
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+
+    def forward(self, basis: Tensor) -> Tensor:
+        """Basis (E, n_basis) → weights (E, P, C)."""
+        for layer in self.hidden:
+            basis = _SILU_GAIN * nn.functional.silu(layer(basis))
+        return self.out(basis).view(-1, *self.shape)
+
+
+class IrrepsLinear(nn.Module):
+    """One matrix per irrep that mixes channels: rows of (l, p) with fan_in channels → n_out channels."""
+
+    def __init__(self, blocks: list[tuple[int, int, int]]) -> None:
+        """``blocks`` holds (2l+1, fan_in, n_out) per irrep."""
+        super().__init__()
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(fan_in, n_out) / math.sqrt(fan_in)) for _, fan_in, n_out in blocks
+        )
+
+    def forward(self, blocks: list[Tensor]) -> list[Tensor]:
+        """Blocks (N, 2l+1, fan_in) → (N, 2l+1, n_out)."""
+        return [x @ weight for x, weight in zip(blocks, self.weights, strict=True)]
+
+
+class EquivariantRMSNorm(nn.Module):
+    """x / rms(x) over all components and channels of an atom, times a learned weight per irrep and channel."""
+
+    def __init__(self, irreps: tuple[Irrep, ...], n_channels: int, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(len(irreps), n_channels))
+        rows = [k for k, (l, _) in enumerate(irreps) for _ in range(2 * l + 1)]  # noqa: E741
+        self.register_buffer("row_irrep", torch.tensor(rows), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D, C) → (N, D, C)."""
+        rms = (x.square().mean(dim=(1, 2), keepdim=True) + self.eps).rsqrt()
+        return x * rms * self.weight[self.row_irrep]
+
+
+class InteractionLayer(nn.Module):
+    """Linear, convolution, linear with skip, gate."""
+
+    def __init__(
+        self, settings: EquivariantSettings, irreps_in: tuple[Irrep, ...], irreps_out: tuple[Irrep, ...]
+    ) -> None:
+        super().__init__()
+        c = settings.n_channels
+        plan = make_plan(irreps_in, settings.l_max, irreps_out)
+        # Output irreps that no path and no skip reaches are dropped (0o at l_max 0, for instance).
+        kept = tuple((b.l, b.p) for b in plan.blocks if b.n_paths > 0)
+        self.plan: ConvolutionPlan = make_plan(irreps_in, settings.l_max, kept)
+        self.irreps_in, self.irreps_out = irreps_in, kept
+        self.n_gated = sum(irrep[0] > 0 for irrep in kept)
+        self.n_channels = c
+        self.norm = EquivariantRMSNorm(irreps_in, c) if settings.rms_norm else None
+        self.up = IrrepsLinear([(2 * l + 1, c, c) for l, _ in irreps_in])  # noqa: E741
+        self.radial = RadialNetwork(
+            settings.n_bessel, settings.radial_width, settings.radial_depth, self.plan.n_paths, c
+        )
+        self.mix = IrrepsLinear(
+            [
+                (2 * b.l + 1, c * (b.n_paths + ((b.l, b.p) in irreps_in)), c * self._n_out((b.l, b.p)))
+                for b in self.plan.blocks
+            ]
+        )
+
+    def _n_out(self, irrep: Irrep) -> int:
+        return 1 + self.n_gated if irrep == SCALAR else 1
+
+    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology, scale: float) -> Tensor:
+        """x (N, D_in, C), sh (E, (l_max+1)²), basis (E, n_basis) → (N, D_out, C)."""
+        if self.norm is not None:
+            x = self.norm(x)
+        parts = _split(x, self.irreps_in)
+        h = torch.cat(self.up(parts), dim=1)
+        message = scale * convolve(
+            h, sh, self.radial(basis), topology.senders, topology.receivers, self.plan, topology=topology
+        )
+        skip = dict(zip(self.irreps_in, parts, strict=True))
+        rows = message.split([b.n_paths * (2 * b.l + 1) for b in self.plan.blocks], dim=1)
+        blocks = []
+        for block, m in zip(self.plan.blocks, rows, strict=True):
+            m = m.unflatten(1, (block.n_paths, 2 * block.l + 1)).transpose(1, 2).flatten(2)  # (N, 2l+1, n_paths · C)
+            extra = skip.get((block.l, block.p))
+            blocks.append(m if extra is None else torch.cat([m, extra], dim=2))
+        return self._gate(self.mix(blocks))
+
+    def _gate(self, blocks: list[Tensor]) -> Tensor:
+        """silu on even scalars, tanh on odd ones, every l > 0 times a sigmoid of a scalar of its own."""
+        c = self.n_channels
+        gates: tuple[Tensor, ...] = ()
+        out: list[Tensor] = []
+        for irrep, y in zip(self.irreps_out, blocks, strict=True):
+            if irrep == SCALAR:
+                scalars, gate_inputs = y.split([c, y.shape[2] - c], dim=2)
+                gates = (_SIGMOID_GAIN * torch.sigmoid(gate_inputs)).split(c, dim=2) if self.n_gated else ()
+                out.append(_SILU_GAIN * nn.functional.silu(scalars))
+            elif irrep[0] == 0:
+                out.append(_TANH_GAIN * torch.tanh(y))
+            else:
+                gate, gates = gates[0], gates[1:]
+                out.append(y * gate)
+        return torch.cat(out, dim=1)
+
+
+def _split(x: Tensor, irreps: tuple[Irrep, ...]) -> list[Tensor]:
+    return list(x.split([2 * l + 1 for l, _ in irreps], dim=1))  # noqa: E741
+
+
+class EquivariantPotential(Potential):
+    """NequIP-like network; see the module's docstring for the equations."""
+
+    family: ClassVar[str] = "equivariant"
+    settings: EquivariantSettings
+
+    def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
+        super().__init__(settings, species, isolated_atom_energies)
+        c = settings.n_channels
+        hidden = standard_irreps(settings.l_max, settings.parity)
+        self.embedding = nn.Parameter(torch.randn(len(self.species), c))
+        self.bessel = BesselBasis(settings.cutoff, settings.n_bessel)
+        layers: list[InteractionLayer] = []
+        irreps: tuple[Irrep, ...] = (SCALAR,)
+        for t in range(settings.n_layers):
+            layers.append(InteractionLayer(settings, irreps, (SCALAR,) if t == settings.n_layers - 1 else hidden))
+            irreps = layers[-1].irreps_out
+        self.layers = nn.ModuleList(layers)
+        self.readout = nn.Sequential(nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1))
+        self.message_scale = 1.0 / math.sqrt(settings.avg_num_neighbors or 1.0)
+
+    def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
+        """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
+        receivers, senders = graph.edge_index
+        topology = derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
+        distances = safe_norm(vectors)
+        cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
+        basis = self.bessel(distances) * cutoff.unsqueeze(-1)
+        sh = o3.spherical_harmonics(
+            list(range(self.settings.l_max + 1)), vectors, normalize=True, normalization="component"
+        )
+        x = self.embedding[self.species_of(graph)].unsqueeze(1)
+        for layer in self.layers:
+            x = layer(x, sh, basis, topology, self.message_scale)
+        return self.readout(x.flatten(1)).squeeze(-1)
