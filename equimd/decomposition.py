@@ -1,9 +1,9 @@
 """L_total = L_mean + L_equiv and spreads, from arrays of back-rotated predictions; numpy and torch alike.
 
-``a_k = g_k⁻¹ f(g_k x)`` are the predictions of K rotated copies, rotated back; weights w_k sum to one; ``ā = Σ w_k a_k``
-is the twirled prediction. For a squared error the loss over the group splits exactly (Shen et al. 2025), also at finite
-K. Every L is a mean over the 3N components. Functions take numpy arrays or torch tensors (differentiable, any
-device) and return the same kind.
+``a_k = g_k⁻¹ f(g_k x)`` are the predictions of K rotated copies, rotated back; weights w_k sum to one;
+``ā = Σ w_k a_k`` is the twirled prediction. For a squared error the loss over the group splits exactly (Shen et al.
+2025), also at finite K. Every L is a mean over the 3N components. Functions take numpy arrays or torch tensors
+(differentiable, on any device) and return the same kind.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,7 @@ def decompose(back_rotated: Any, weights: Any, reference: Any | None, corrected:
     """Split the squared error of back-rotated predictions (K, N, 3) with weights (K,) against ``reference`` (N, 3).
 
     corrected=False (quadrature): S = Σ w_k |a_k − ā|², L_equiv = S, L_mean = |ā − y|².
-    corrected=True (K random rotations, equal weights): L_equiv = K/(K−1)·S and L_mean = |ā − y|² − S/(K−1) are unbiased.
+    corrected=True (K random rotations, equal weights): L_equiv = K/(K−1)·S, L_mean = |ā − y|² − S/(K−1), both unbiased.
     Both: L_total = Σ w_k |a_k − y|² = L_mean + L_equiv exactly.
     """
     n_rotations = _check(back_rotated, weights, corrected)
@@ -63,7 +63,7 @@ def decompose(back_rotated: Any, weights: Any, reference: Any | None, corrected:
 
 
 def variance(values: Any, weights: Any, corrected: bool) -> Any:
-    """Variance over the group of a scalar or tensor (K, ...), such as the total energy; corrected as in ``decompose``."""
+    """Variance over the group of values (K, ...), such as total energies; ``corrected`` as in ``decompose``."""
     w = weights.reshape((-1,) + (1,) * (values.ndim - 1))
     deviation = values - (w * values).sum(0)
     n = values.shape[0]
@@ -75,8 +75,8 @@ def split_convex_loss(
 ) -> LossSplit:
     """Split a convex loss: L_mean = loss(ā, y), L_equiv = L_total − L_mean ≥ 0 (Jensen gap), for quadratures only.
 
-    At finite K the gap is biased for random rotations, which is why there is no correction here. "mae" and "huber" (with
-    ``huber_delta`` in units of the prediction) are means over components, "l2" the mean over atoms of the error's norm.
+    At finite K the gap is biased for random rotations, which is why there is no correction here. "mae" and "huber"
+    (``huber_delta`` in units of the prediction) are means over components, "l2" the mean over atoms of the error norm.
     """
     _check(back_rotated, weights, corrected=False)
     per_rotation = _loss(back_rotated - reference, loss, huber_delta)

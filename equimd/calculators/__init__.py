@@ -1,0 +1,1 @@
+"""Force fields for engines: the only rooms that name a foreign engine's classes or units."""
