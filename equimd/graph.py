@@ -1,8 +1,8 @@
 """AtomGraph: the one tensor type a model sees, and its batching.
 
-Conventions (stated once, here): edge ``e`` has the receiver (centre) ``i = edge_index[0, e]`` and the sender (neighbour)
-``j = edge_index[1, e]``; its vector is ``r_ij = x_j − x_i + S_ij @ cell``; rows of ``cell`` are lattice vectors. Edges
-are sorted by receiver. Both directions of every pair are present.
+Conventions (stated once, here): edge ``e`` has the receiver (centre) ``i = edge_index[0, e]`` and the sender
+(neighbour) ``j = edge_index[1, e]``; its vector is ``r_ij = x_j − x_i + S_ij @ cell``; rows of ``cell`` are lattice
+vectors. Edges are sorted by receiver. Both directions of every pair are present.
 """
 
 from collections.abc import Callable, Sequence

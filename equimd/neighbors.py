@@ -66,9 +66,7 @@ class VerletList:
         """Forget the list; the next update builds it anew."""
         self._reference = None
 
-    def update(
-        self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, bool]:
+    def update(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Edges that contain every pair within the cutoff of these positions."""
         if self._edges is not None and self._is_valid(positions, cell, pbc):
             return *self._edges, False

@@ -130,18 +130,14 @@ class Potential(nn.Module, ABC):
                 relative = self._energies(graph, vectors, output)
             else:
                 relative, forces = self.atomic_energies(graph, vectors), None
-            gradient = (
-                _edge_gradient(relative, vectors, create_graph or self.direct_forces) if needs_gradient else None
-            )
+            gradient = _edge_gradient(relative, vectors, create_graph or self.direct_forces) if needs_gradient else None
             if forces is None:
                 assert gradient is not None
                 forces = _scatter_forces(graph, gradient)
             sigma = _stress(graph, vectors, gradient) if stress and gradient is not None else None
         energies = relative.to(torch.float64)
         totals = energies + self._isolated_atom_energies.to(self.device)[kind]
-        energy = torch.zeros(graph.n_systems, dtype=torch.float64, device=self.device).index_add(
-            0, graph.batch, totals
-        )
+        energy = torch.zeros(graph.n_systems, dtype=torch.float64, device=self.device).index_add(0, graph.batch, totals)
         if create_graph:
             return Prediction(energy, energies, forces, sigma)
         return Prediction(
@@ -159,7 +155,7 @@ def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Ten
 
 
 def _scatter_forces(graph: AtomGraph, gradient: Tensor) -> Tensor:
-    """F_i = Σ_j (g_ij − g_ji) (N, 3): the receiver's position enters r_ij with a minus sign, the sender's with a plus."""
+    """F_i = Σ_j (g_ij − g_ji) (N, 3): r_ij falls with the position of i and grows with that of j."""
     i, j = graph.edge_index
     zeros = torch.zeros(graph.n_atoms, 3, dtype=gradient.dtype, device=gradient.device)
     return zeros.index_add(0, i, gradient).index_add(0, j, -gradient)

@@ -29,7 +29,7 @@ class BesselBasis(nn.Module):
 
 
 def polynomial_cutoff(distances: Tensor, cutoff: float | Tensor, p: int = 6) -> Tensor:
-    """Smooth step (E,) from 1 at r = 0 to 0 at r = cutoff, p − 1 derivatives vanish there (Gasteiger et al. 2020, eq. 8)."""
+    """Smooth step (E,) from 1 at r = 0 to 0 at r = cutoff, flat there (Gasteiger et al. 2020, eq. 8)."""
     u = (distances / cutoff).clamp(max=1.0)
     a, b, c = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2
     up = u**p
