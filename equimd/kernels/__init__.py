@@ -1,7 +1,9 @@
 """The equivariant convolution, one operation closed under differentiation."""
 
+import functools
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from equimd.kernels.plan import (
@@ -59,14 +61,49 @@ def convolve(
         plan: The layout, from ``make_plan``.
         num_nodes: Rows of the output; N unless given.
         backend: "auto" is numba for float32 and float64 on the CPU where it can be imported, else the reference.
-        topology: ``make_topology(senders, receivers, num_nodes, N)``, to sort the edges once for many calls.
+        topology: ``make_topology(senders, receivers, num_nodes, N)``, to sort the edges once for many calls; its edges
+            are the ones that count.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit the plan or each other.
     """
     n_receivers = x.shape[0] if num_nodes is None else num_nodes
+    if topology is not None:
+        senders, receivers = topology.senders, topology.receivers
+        if (topology.n_senders, topology.n_receivers) != (x.shape[0], n_receivers):
+            raise ValueError(
+                f"topology is of {topology.n_senders} senders and {topology.n_receivers} receivers, "
+                f"not of {x.shape[0]} and {n_receivers}"
+            )
     _check(x, sh, radial, senders, plan)
-    return convolve_reference(x, sh, radial, senders, receivers, plan, n_receivers)
+    if _choose(backend, x) == "reference":
+        return convolve_reference(x, sh, radial, senders, receivers, plan, n_receivers)
+    from equimd.kernels.numba_cpu import convolve_numba
+
+    if topology is None:
+        topology = make_topology(senders, receivers, n_receivers, x.shape[0])
+    return convolve_numba(x, sh, radial, plan, topology)
+
+
+def _choose(backend: Backend, x: Tensor) -> str:
+    """The backend that will run: "reference" or "numba"."""
+    if backend == "reference":
+        return backend
+    if backend not in ("auto", "numba"):
+        raise ValueError(f'backend must be "auto", "reference" or "numba", got {backend!r}')
+    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if backend == "numba" and not supported:
+        raise ValueError(f"the numba backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
+    return "numba" if supported and (backend == "numba" or _has_numba()) else "reference"
+
+
+@functools.cache
+def _has_numba() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _check(x: Tensor, sh: Tensor, radial: Tensor, senders: Tensor, plan: ConvolutionPlan) -> None:

@@ -80,25 +80,34 @@ class ConvolutionPlan:
     paths: tuple[Path, ...] = field(repr=False, compare=False)
     blocks: tuple[OutputBlock, ...] = field(repr=False, compare=False)
 
+    def __reduce__(self) -> tuple:
+        """Copies and unpickled plans are the one that ``make_plan`` keeps."""
+        return make_plan, (self.irreps_in, self.l_max_sh, self.irreps_out)
+
     @property
     def n_paths(self) -> int:
         """Number of paths P, the second axis of the radial weights (E, P, C)."""
         return len(self.paths)
 
-    @property
+    @functools.cached_property
     def dim_in(self) -> int:
         """Rows D_in of the input."""
         return irreps_dim(self.irreps_in)
 
-    @property
+    @functools.cached_property
     def dim_sh(self) -> int:
         """Number of spherical harmonics, (l_max_sh + 1)²."""
         return (self.l_max_sh + 1) ** 2
 
-    @property
+    @functools.cached_property
     def dim_out(self) -> int:
         """Rows D_out of the output, Σ over paths of 2·l3+1."""
         return sum(2 * path.l3 + 1 for path in self.paths)
+
+    @functools.cached_property
+    def n_terms(self) -> int:
+        """Number of nonzero coefficients: multiply-adds per edge and channel."""
+        return sum(int(np.count_nonzero(path.cg)) for path in self.paths)
 
     @property
     def out_slices(self) -> dict[Irrep, slice]:

@@ -1,6 +1,6 @@
 """The order of the edges of one graph: made once per neighbour list, used by every kernel call on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,11 +22,23 @@ class Topology:
     receiver_ptr: Tensor
     sender_order: Tensor
     sender_ptr: Tensor
+    _splits: dict[tuple[int, bool], list[int]] = field(default_factory=dict, repr=False)
 
     @property
     def n_edges(self) -> int:
         """Number of edges E."""
         return int(self.senders.shape[0])
+
+    def split(self, n_parts: int, by_sender: bool = False) -> list[int]:
+        """Bounds of ``n_parts`` consecutive ranges of nodes with about equally many edges."""
+        bounds = self._splits.get((n_parts, by_sender))
+        if bounds is None:
+            ptr = self.sender_ptr if by_sender else self.receiver_ptr
+            targets = torch.linspace(0, self.n_edges, n_parts + 1, dtype=torch.float64)[1:-1].round().to(torch.int64)
+            inner = torch.searchsorted(ptr.cpu(), targets).tolist()
+            bounds = [0, *inner, ptr.shape[0] - 1]
+            self._splits[n_parts, by_sender] = bounds
+        return bounds
 
 
 def make_topology(senders: Tensor, receivers: Tensor, n_receivers: int, n_senders: int | None = None) -> Topology:

@@ -1,0 +1,100 @@
+"""Compiled kernels: source files in a cache folder, imported from there, kept by numba beside them.
+
+numba caches only what it finds in a file. The folder is ``$EQUIMD_CACHE/kernels``, or ``equimd/kernels`` in the user's
+cache folder; a temporary folder stands in where that cannot be written. A file is named by the hash of its contents.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from equimd.kernels.codegen import kernel_source
+from equimd.kernels.plan import ConvolutionPlan
+
+Kernel = Callable[..., None]
+_kernels: dict[tuple[str, ConvolutionPlan, int, str], Kernel] = {}
+_lock = threading.Lock()
+_alive: list[ModuleType] = []  # the machine code lives as long as its module
+
+
+def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel:
+    """The C function of ``codegen.kernel_source``, called with 9 addresses and a range of nodes; releases the GIL."""
+    key = (kind, plan, n_channels, dtype)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _lock:
+            if key not in _kernels:
+                _kernels[key] = _compile(kernel_source(*key))
+            kernel = _kernels[key]
+    return kernel
+
+
+def cache_folder() -> Path:
+    """Where kernels are kept between runs; not created here."""
+    override = os.environ.get("EQUIMD_CACHE")
+    if override:
+        return Path(override) / "kernels"
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "equimd" / "kernels"
+
+
+def _compile(source: str) -> Kernel:
+    try:
+        module = _load(source, cache_folder())
+    except (OSError, RuntimeError):  # not writable: by us, or (RuntimeError) by numba
+        module = _load(source, _temporary_folder())
+    _alive.append(module)
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 9, ctypes.c_int64, ctypes.c_int64)
+    return signature(module.kernel.address)
+
+
+def _load(source: str, folder: Path) -> ModuleType:
+    """Write ``source`` where it is not there yet, whole or not at all, and import it (which compiles it)."""
+    name = f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
+    path = folder / f"{name}.py"
+    if not (path.is_file() and path.read_text(encoding="utf-8") == source):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".tmp")
+        try:
+            with open(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(source)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise OSError(f"cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="equimd-kernels-")  # private to the user: what lies in it is executed
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
