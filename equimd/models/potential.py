@@ -52,6 +52,9 @@ class Potential(nn.Module, ABC):
 
     family: ClassVar[str]
     direct_forces: bool = False
+    species_index: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self, settings: PotentialSettings, species: tuple[int, ...], isolated_atom_energies: Mapping[int, float]
