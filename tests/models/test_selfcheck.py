@@ -1,0 +1,141 @@
+"""The load-time guards pass what is right and name what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+from equimd import neighbors
+from equimd.models import selfcheck
+from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
+from equimd.models.selfcheck import SelfCheckError, brute_force_neighbors, self_check
+from equimd.models.transformer import TransformerPotential, TransformerSettings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("zbl", [False, True])
+@pytest.mark.parametrize("anisotropy", [0.0, 0.3])
+def test_sound_potential_passes(anisotropy, zbl, dtype):
+    report = self_check(toys.ToyPotential(anisotropy=anisotropy, zbl=zbl).to(dtype))
+    assert report.ok, report.messages
+    assert report.messages == ()
+    # The tolerances are far from what a sound potential shows, in either direction of the sign.
+    assert report.deviations["gradient"] < 1e-6
+    assert report.deviations["stress"] < 1e-6
+    assert report.deviations["precision"] < 1e-5
+    report.raise_if_failed()
+
+
+@pytest.mark.parametrize("species", [(1,), (79,), (1, 55), (6, 7, 8, 9, 15, 16, 17, 35)])
+@pytest.mark.parametrize("cutoff", [1.0, 3.0, 8.0])
+def test_every_mixture_of_elements_can_be_checked(species, cutoff):
+    assert self_check(toys.ToyPotential(species=species, cutoff=cutoff)).ok
+
+
+@pytest.mark.parametrize(
+    "potential",
+    [
+        EquivariantPotential(EquivariantSettings(n_channels=8, avg_num_neighbors=20.0), (1, 8), toys.ISOLATED),
+        TransformerPotential(TransformerSettings(d_model=16), (1, 8), toys.ISOLATED),
+        TransformerPotential(TransformerSettings(d_model=16, direct_forces=True), (1, 8), toys.ISOLATED),
+    ],
+    ids=["equivariant", "transformer", "direct"],
+)
+def test_networks_pass_and_stay_as_they_are(potential):
+    before = {name: tensor.clone() for name, tensor in potential.state_dict().items()}
+    assert self_check(potential).ok
+    assert potential.dtype == torch.float32
+    assert all(p.requires_grad for p in potential.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in potential.state_dict().items())
+
+
+def test_direct_forces_are_not_asked_for_a_gradient():
+    report = self_check(toys.DirectForces())
+    assert report.ok
+    assert "gradient" not in report.deviations
+    assert "stress" in report.deviations
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (toys.WrongForces, "not the gradient"),
+        (toys.WrongStress, "stress is not"),
+        (toys.HardCutoff, "beyond the cutoff"),
+        (toys.BrokenSingle, "forces in float32"),
+        (toys.OrderDependent, "another order"),
+        (toys.NotInvariant, "do not turn"),
+    ],
+)
+def test_every_guard_catches_its_fault(broken, says):
+    report = self_check(broken())
+    assert not report.ok
+    assert says in " ".join(report.messages)
+    with pytest.raises(SelfCheckError, match=says) as caught:
+        report.raise_if_failed()
+    assert "\n" not in str(caught.value)
+
+
+def test_chirality_is_caught_by_the_reflection_alone():
+    class Chiral(toys.ToyPotential):
+        def network(self, graph, vectors):
+            # Σ over triples of neighbours of det[r_a, r_b, r_c]: a pseudo-scalar, invariant under proper rotations.
+            i = graph.edge_index[0]
+            smooth = self.pair(vectors).unsqueeze(1) * vectors
+            moments = [
+                vectors.new_zeros(graph.n_atoms, 3).index_add(0, i, smooth * vectors.square().sum(1, True) ** k)
+                for k in range(3)
+            ]
+            return super().network(graph, vectors) + torch.linalg.det(torch.stack(moments, dim=1))
+
+    report = self_check(Chiral(anisotropy=0.0))
+    assert report.deviations["rotation"] < 1e-10
+    assert [m for m in report.messages if "reflection" in m] == list(report.messages) != []
+
+
+def test_nan_weights_fail():
+    potential = toys.ToyPotential()
+    potential.scale.fill_(float("nan"))
+    assert not self_check(potential).ok
+
+
+@pytest.mark.parametrize("fault", ["missing", "invented", "wrong shift", "handedness"])
+def test_broken_neighbour_list_is_caught(monkeypatch, fault):
+    right = neighbors.neighbor_list
+
+    def wrong(positions, cell, pbc, cutoff):
+        edges, shifts = right(positions, cell, pbc, cutoff)
+        if fault == "missing":
+            return edges[:, 2:], shifts[2:]
+        if fault == "invented":
+            return np.concatenate([edges, edges[:, ::-1][:, :1]], axis=1), np.concatenate([shifts, shifts[:1] + 5])
+        if fault == "handedness" and np.linalg.det(cell) > 0:
+            return edges, shifts
+        return edges, -shifts
+
+    monkeypatch.setattr(neighbors, "neighbor_list", wrong)
+    report = self_check(toys.ToyPotential())
+    assert any("neighbour list" in message for message in report.messages)
+
+
+def test_brute_force_counts_a_simple_cubic_lattice():
+    edges = brute_force_neighbors(np.zeros((1, 3)), 2.0 * np.eye(3), np.ones(3, dtype=bool), 2.9)
+    assert len(edges) == 6 + 12
+    edges = brute_force_neighbors(np.zeros((1, 3)), 2.0 * np.eye(3), np.array([True, True, False]), 2.9)
+    assert len(edges) == 4 + 4
+
+
+def test_no_global_state_is_left_behind():
+    before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
+    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
+    self_check(toys.ToyPotential())
+    after = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
+    assert before[:3] == after[:3]
+    assert torch.equal(before[3], after[3])
+    assert np.array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_small_structure_is_small_but_crowded():
+    """Enough images to try the list, few enough edges for the second that the check may take."""
+    structure = selfcheck._small_structure((1, 6, 8), 5.0)
+    assert 60 < structure.graph(5.0).n_edges < 400
