@@ -4,6 +4,7 @@ Frames are assumed to be evenly spaced in time; every error bar is s·sqrt(g/n) 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -42,7 +43,8 @@ def bond_lengths(frames: Iterable[Atoms], bonds: np.ndarray) -> np.ndarray:
     lengths = []
     for frame in frames:
         vectors = frame.positions[bonds[:, 1]] - frame.positions[bonds[:, 0]]
-        lengths.append(find_mic(vectors, frame.cell, tuple(frame.pbc))[1] if len(bonds) else np.zeros(0))
+        pbc: Any = frame.pbc  # find_mic is annotated for a single bool
+        lengths.append(find_mic(vectors, frame.cell, pbc)[1] if len(bonds) else np.zeros(0))
     return np.array(lengths)
 
 

@@ -2,7 +2,7 @@
 
 For proper R, ``u_±(R) = ½[a(R) ± a(−R)]`` and the power in (λ, ±) is
 ``B = (2λ+1) ∬ χ_λ(R Q⁻¹) ⟨u_±(R), u_±(Q)⟩ dR dQ`` with the character ``χ_λ(θ) = sin((2λ+1)θ/2) / sin(θ/2)``. The
-spread is the sum of all B except (0, +); (0, −) is pure chirality. Powers are summed over atoms and components, (eV/Å)².
+spread is the sum of all B except (0, +); (0, −) is pure chirality. Powers, in (eV/Å)², are summed over atoms.
 """
 
 import numpy as np
