@@ -1,0 +1,153 @@
+"""What a structure must satisfy before anything is computed with it, and what a data set should."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
+
+from equimd.errors import InputError
+from equimd.frames.labels import labels_of
+
+MINIMUM_DISTANCE = 0.5
+COINCIDENT_DISTANCE = 0.01
+_PAIR_LIMIT = 1500
+
+
+def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
+    """Refuse a structure that no potential can say anything sensible about.
+
+    Args:
+        atoms: The structure.
+        species: Atomic numbers that the potential knows; None accepts every element.
+
+    Raises:
+        InputError: if it is empty, has positions or a cell that are not finite, has an element that is not in
+            `species`, is periodic without a volume, or has two atoms within 0.01 Å of each other.
+    """
+    if len(atoms) == 0:
+        raise InputError("the structure is empty (0 atoms); accepted: 1 or more")
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if bad.size:
+        raise InputError(f"the position of atom {bad[0]} is {atoms.positions[bad[0]]}; accepted: finite numbers")
+    if not np.isfinite(atoms.cell.array).all():
+        raise InputError(f"the cell is {atoms.cell.array.tolist()}; accepted: finite numbers")
+    _check_species(atoms.numbers, species)
+    periodic = np.asarray(atoms.pbc, dtype=bool)
+    vectors = atoms.cell.array[periodic]
+    if periodic.any() and np.linalg.matrix_rank(vectors, tol=1e-6) < len(vectors):
+        raise InputError(f"periodic along {periodic.tolist()} but the cell is {atoms.cell.array.tolist()}")
+    pair, distance = closest_pair(atoms)
+    if distance < COINCIDENT_DISTANCE:
+        raise InputError(
+            f"atoms {pair[0]} and {pair[1]} are {distance:.2g} Å apart; accepted: {COINCIDENT_DISTANCE} Å or more"
+        )
+
+
+def _check_species(numbers: np.ndarray, species: Sequence[int] | None) -> None:
+    present = set(np.unique(numbers).tolist())
+    impossible = sorted(number for number in present if not 1 <= number < len(chemical_symbols))
+    if impossible:
+        raise InputError(f"atomic number {impossible[0]} is no element; accepted: 1 to {len(chemical_symbols) - 1}")
+    unknown = sorted(present - set(species)) if species is not None else []
+    if unknown:
+        known = ", ".join(chemical_symbols[number] for number in sorted(species or ()))
+        names = ", ".join(chemical_symbols[number] for number in unknown)
+        raise InputError(f"element {names} is unknown to the potential; accepted: {known}")
+
+
+def closest_pair(atoms: Atoms) -> tuple[tuple[int, int], float]:
+    """The two atoms closest to each other and their distance (Å); an infinite distance where it exceeds 1 Å or so.
+
+    Periodic images count, those of an atom itself included.
+    """
+    n = len(atoms)
+    periodic = bool(atoms.pbc.any())
+    if n < 2 and not periodic:
+        return (0, 0), float("inf")
+    if not periodic and n <= _PAIR_LIMIT:
+        difference = atoms.positions[:, None, :] - atoms.positions[None, :, :]
+        squared = (difference**2).sum(axis=-1)
+        squared[np.diag_indices(n)] = np.inf
+        i, j = np.unravel_index(squared.argmin(), squared.shape)
+        return (int(i), int(j)), float(np.sqrt(squared[i, j]))
+    from equimd.neighbors import neighbor_list
+
+    edges, shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 1.2)
+    if edges.shape[1] == 0:
+        return (0, 0), float("inf")
+    vectors = atoms.positions[edges[1]] - atoms.positions[edges[0]] + shifts @ atoms.cell.array
+    distances = np.linalg.norm(vectors, axis=1)
+    edge = int(distances.argmin())
+    return (int(edges[0, edge]), int(edges[1, edge])), float(distances[edge])
+
+
+def check_plausible(frames: Iterable[Atoms]) -> list[str]:
+    """Warnings, one line each, about labels and distances that look as if their units were others; empty if none do.
+
+    Thresholds: forces of thermal structures near equilibrium have an RMS of 0.3 to 4 eV/Å (the same number in kcal/mol
+    per Å is 23 times as large), stresses stay below 1.5 eV/Å³ (240 GPa), energies per atom lie between that of all
+    electrons, −20.9 Z^(7/3) eV (Thomas-Fermi, Z averaged over atoms), and +50 eV, and bonds above 0.5 Å.
+    """
+    squares, components = 0.0, 0
+    energies: list[float] = []
+    lowest: list[float] = []
+    stress = 0.0
+    virial_ratios: list[float] = []
+    closest = (float("inf"), 0)
+    for index, atoms in enumerate(frames):
+        distance = closest_pair(atoms)[1] if np.isfinite(atoms.positions).all() else 0.0
+        closest = min(closest, (distance, index))
+        labels = labels_of(atoms)
+        if labels["forces"] is not None and len(atoms) > 1:
+            squares += float((labels["forces"] ** 2).sum())
+            components += labels["forces"].size
+        if labels["energy"] is not None and len(atoms):
+            energies.append(labels["energy"] / len(atoms))
+            lowest.append(-22.0 * float((atoms.numbers.astype(float) ** (7 / 3)).mean()) - 20.0)
+        if labels["stress"] is not None:
+            stress = max(stress, float(np.abs(labels["stress"]).max()))
+            if atoms.info.get("stress_from") == "virial" and labels["forces"] is not None:
+                force = float(np.sqrt((labels["forces"] ** 2).mean()))
+                work = float(np.abs(labels["stress"]).max()) * atoms.cell.volume / len(atoms)
+                if force > 0.05:
+                    virial_ratios.append(work / force)
+    messages = _energy_messages(np.array(energies), np.array(lowest))
+    if components:
+        messages += _force_messages(float(np.sqrt(squares / components)))
+    if stress > 1.5:
+        messages.append(
+            f"the largest stress component is {stress:.3g} eV/Å³ ({stress * 160.2:.0f} GPa): is it in kbar or GPa?"
+            " VASP gives kbar, the opposite sign and the order xx yy zz xy yz zx;"
+            ' see UnitSpec(stress="kbar"), LabelKeys(voigt="vasp", stress_sign=-1)'
+        )
+    if virial_ratios and max(virial_ratios) < 0.02:
+        messages.append(
+            "the virial is far smaller than the forces suggest: is it a stress? see LabelKeys(stress='virial')"
+        )
+    if closest[0] < MINIMUM_DISTANCE:
+        messages.append(f"two atoms of frame {closest[1]} are {closest[0]:.3g} Å apart: are positions in nm or Bohr?")
+    return messages
+
+
+def _force_messages(rms: float) -> list[str]:
+    if rms > 12.0:
+        return [
+            f"the force RMS is {rms:.3g} eV/Å: is it in kcal/mol/Å (then {rms / 23.06:.3g} eV/Å)"
+            ' or kJ/mol/nm? see UnitSpec(energy="kcal/mol")'
+        ]
+    if 0.0 < rms < 0.005:
+        return [f"the force RMS is {rms:.2g} eV/Å: is it in Hartree/Bohr, or are these relaxed structures?"]
+    return []
+
+
+def _energy_messages(per_atom: np.ndarray, lowest: np.ndarray) -> list[str]:
+    if per_atom.size == 0:
+        return []
+    if (per_atom < lowest).any() or (per_atom > 50.0).any():
+        worst = int((per_atom / lowest).argmax()) if (per_atom < lowest).any() else int(per_atom.argmax())
+        return [
+            f"the energy of frame {worst} is {per_atom[worst]:.4g} eV per atom: is it in kcal/mol or kJ/mol?"
+            ' see UnitSpec(energy="kcal/mol")'
+        ]
+    return []

@@ -1,0 +1,256 @@
+"""Labels of a frame: which names and units a file uses for energy, forces and stress, and how to ask for them.
+
+Inside equimd a labelled frame is an `ase.Atoms` with a `SinglePointCalculator` that holds energy (eV), forces (eV/Å) and
+stress (eV/Å³, ASE's sign: tension is positive). This module is the only one that knows other names, units and signs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from equimd import units
+from equimd.errors import InputError
+
+# Lower-cased names, in order of preference. A free energy is taken only where no energy is given.
+ENERGY_NAMES = ("energy", "ref_energy", "dft_energy", "qm_energy", "total_energy", "potential_energy", "e")
+LAST_RESORT_ENERGY_NAMES = ("free_energy", "ref_free_energy")
+FORCES_NAMES = ("forces", "force", "ref_forces", "ref_force", "dft_forces", "dft_force", "qm_forces", "f")
+STRESS_NAMES = ("stress", "ref_stress", "dft_stress", "qm_stress")
+VIRIAL_NAMES = ("virial", "virials", "ref_virial", "ref_virials", "dft_virial")
+_INFO_NAMES = ENERGY_NAMES + LAST_RESORT_ENERGY_NAMES + STRESS_NAMES + VIRIAL_NAMES
+_KEPT_PROPERTIES = ("dipole", "charges", "magmom", "magmoms")
+
+# Where the six components of each convention sit in ASE's order xx yy zz yz xz xy.
+VOIGT_ORDERS = {"ase": (0, 1, 2, 3, 4, 5), "vasp": (0, 1, 2, 4, 5, 3)}
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """Units of a file. Forces are in `energy`/`length` unless `force_energy`/`force_length` say otherwise.
+
+    Raises:
+        InputError: for a unit that `equimd.units` does not know.
+    """
+
+    energy: str = "eV"
+    length: str = "Å"
+    stress: str = "eV/Å³"
+    force_energy: str | None = None
+    force_length: str | None = None
+
+    def __post_init__(self) -> None:
+        lookups = [("energy", self.energy, units.ENERGY_UNITS), ("length", self.length, units.LENGTH_UNITS)]
+        lookups += [("stress", self.stress, units.STRESS_UNITS)]
+        lookups += [("force energy", self.force_energy or self.energy, units.ENERGY_UNITS)]
+        lookups += [("force length", self.force_length or self.length, units.LENGTH_UNITS)]
+        for what, value, known in lookups:
+            if value not in known:
+                raise InputError(f"unknown unit of {what}: {value!r}; accepted: {', '.join(known)}")
+
+    @property
+    def energy_factor(self) -> float:
+        """Energy in eV per file unit."""
+        return units.ENERGY_UNITS[self.energy]
+
+    @property
+    def length_factor(self) -> float:
+        """Length in Å per file unit."""
+        return units.LENGTH_UNITS[self.length]
+
+    @property
+    def force_factor(self) -> float:
+        """Force in eV/Å per file unit."""
+        energy = units.ENERGY_UNITS[self.force_energy or self.energy]
+        return energy / units.LENGTH_UNITS[self.force_length or self.length]
+
+    @property
+    def stress_factor(self) -> float:
+        """Stress in eV/Å³ per file unit."""
+        return units.STRESS_UNITS[self.stress]
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """Names of the labels in a file (None: look for the usual names) and the convention of its stress.
+
+    VASP's OUTCAR stress is `UnitSpec(stress="kbar")` with `LabelKeys(voigt="vasp", stress_sign=-1)`. A virial
+    (W = −V σ, in energy units) is used where no stress is given.
+    """
+
+    energy: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    virial: str | None = None
+    voigt: Literal["ase", "vasp"] = "ase"
+    stress_sign: Literal[1, -1] = 1
+
+
+DEFAULT_UNITS = UnitSpec()
+DEFAULT_KEYS = LabelKeys()
+
+
+def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
+    """Scale the geometry to Å and move the labels out of `info` and `arrays` into a `SinglePointCalculator`.
+
+    `where` names file and frame in messages. The frame is changed in place and returned.
+
+    Raises:
+        InputError: if two names carry different values, a label is not a number, or its shape does not fit.
+    """
+    if units_.length_factor != 1.0:
+        atoms.positions *= units_.length_factor
+        atoms.cell[:] = atoms.cell.array * units_.length_factor
+    results = collect_labels(atoms, units_, keys, where, remove=True)
+    for name in _KEPT_PROPERTIES:
+        for store in (atoms.info, atoms.arrays):
+            if name in store:
+                results[name] = store.pop(name)
+    if results:
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def collect_labels(
+    atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str, *, remove: bool = False
+) -> dict[str, Any]:
+    """Labels found in `info` and `arrays`, in eV, eV/Å and eV/Å³ (stress (6,) in ASE's order), absent ones left out."""
+    info, arrays = atoms.info, atoms.arrays
+    results: dict[str, Any] = {}
+    energy = _find(info, keys.energy, ENERGY_NAMES, where, remove)
+    last_resort = _find(info, None, LAST_RESORT_ENERGY_NAMES, where, remove and keys.energy is None)
+    if energy is None and keys.energy is None:
+        energy = last_resort
+    if energy is not None:
+        results["energy"] = float(_numbers(energy, (), "energy", where)) * units_.energy_factor
+    forces = _find(arrays, keys.forces, FORCES_NAMES, where, remove)
+    if forces is not None:
+        results["forces"] = _numbers(forces, (len(atoms), 3), "forces", where) * units_.force_factor
+    stress = _find(info, keys.stress, STRESS_NAMES, where, remove)
+    virial = _find(info, keys.virial, VIRIAL_NAMES, where, remove)
+    # A stress needs a volume: a molecule in a large box that is not periodic has none.
+    if atoms.pbc.any() and abs(atoms.cell.volume) > 0:
+        if stress is not None:
+            tensor = _tensor(stress, keys.voigt, "stress", where)
+            results["stress"] = to_voigt(tensor * units_.stress_factor * keys.stress_sign)
+        elif virial is not None:
+            tensor = _tensor(virial, keys.voigt, "virial", where)
+            results["stress"] = to_voigt(-tensor * units_.energy_factor / abs(atoms.cell.volume))
+            if remove:
+                info["stress_from"] = "virial"
+    return results
+
+
+def _find(store: dict, key: str | None, names: Iterable[str], where: str, remove: bool) -> Any:
+    """The value under `key`, or under the first of the usual names whatever their case; None where there is none."""
+    if key is not None:
+        if key not in store:
+            return None
+        return store.pop(key) if remove else store[key]
+    if not store:
+        return None
+    by_name = {name.lower(): name for name in store if isinstance(name, str)}
+    present = [by_name[name] for name in names if name in by_name]
+    values = [store.pop(name) if remove else store[name] for name in present]
+    for name, value in zip(present[1:], values[1:], strict=True):
+        if not np.array_equal(value, values[0]):
+            raise InputError(f"{where}: {present[0]!r} and {name!r} differ; say which one to read with keys=LabelKeys")
+    return values[0] if values else None
+
+
+def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: {what} is {str(value)[:40]!r}; accepted: numbers") from None
+    if array.shape != shape:
+        raise InputError(f"{where}: {what} has shape {array.shape}; accepted: {shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{where}: {what} has a value that is not finite; accepted: finite numbers")
+    return array
+
+
+def _tensor(value: Any, voigt: str, what: str, where: str) -> np.ndarray:
+    """A (3, 3) tensor from nine components or from six in the order of the convention."""
+    size = np.size(value)
+    if size == 9:
+        return _numbers(np.reshape(value, (3, 3)), (3, 3), what, where)
+    components = _numbers(value, (6,), what, where)
+    return from_voigt(components[list(VOIGT_ORDERS[voigt])])
+
+
+def to_voigt(tensor: np.ndarray) -> np.ndarray:
+    """Components (6,) in ASE's order xx yy zz yz xz xy of the symmetric part of a tensor (3, 3)."""
+    s = 0.5 * (tensor + tensor.T)
+    return np.array([s[0, 0], s[1, 1], s[2, 2], s[1, 2], s[0, 2], s[0, 1]])
+
+
+def from_voigt(components: np.ndarray) -> np.ndarray:
+    """The symmetric tensor (3, 3) of components (6,) in ASE's order xx yy zz yz xz xy."""
+    xx, yy, zz, yz, xz, xy = components
+    return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+
+
+def labels_of(atoms: Atoms) -> dict[str, Any]:
+    """Energy (float), forces (N, 3) and stress (3, 3) in eV, eV/Å and eV/Å³, each None where the frame has none.
+
+    Nothing is computed: only results that a calculator already holds for these very positions count, forces without
+    constraints applied; then `info` and `arrays` under the usual names, in eV and Å, as other readers leave them.
+
+    Raises:
+        InputError: if two names in `info` or `arrays` carry different values, or a label is malformed.
+    """
+    results: dict[str, Any] = {}
+    calc = atoms.calc
+    if calc is not None:
+        held = getattr(calc, "results", {})
+        if held and not calc.check_state(atoms):
+            results = held
+    else:
+        results = collect_labels(atoms, DEFAULT_UNITS, DEFAULT_KEYS, "frame")
+    energy, forces, stress = (results.get(name) for name in ("energy", "forces", "stress"))
+    if stress is not None:
+        stress = np.array(stress, dtype=np.float64) if np.size(stress) == 9 else from_voigt(np.asarray(stress))
+    return {
+        "energy": None if energy is None else float(energy),
+        "forces": None if forces is None else np.array(forces, dtype=np.float64),
+        "stress": None if stress is None else stress.reshape(3, 3),
+    }
+
+
+def strip_labels(atoms: Atoms) -> Atoms:
+    """A copy without calculator and without label keys in `info` and `arrays`; momenta, tags and the rest stay."""
+    bare = atoms.copy()
+    for store, names in ((bare.info, _INFO_NAMES), (bare.arrays, FORCES_NAMES)):
+        for key in [key for key in store if isinstance(key, str) and key.lower() in names]:
+            del store[key]
+    return bare
+
+
+def require_labels(frames: Iterable[Atoms], names: Iterable[str] = ("energy", "forces")) -> None:
+    """Refuse frames that lack one of the labels `names` (of energy, forces, stress).
+
+    Raises:
+        InputError: that says how many frames lack which label, and what they carry instead.
+    """
+    names = tuple(names)
+    missing: dict[str, list[int]] = {name: [] for name in names}
+    carried: set[str] = set()
+    n_frames = 0
+    for index, atoms in enumerate(frames):
+        n_frames += 1
+        labels = labels_of(atoms)
+        for name in names:
+            if labels[name] is None:
+                missing[name].append(index)
+                carried |= set(map(str, atoms.info)) | (set(atoms.arrays) - {"numbers", "positions"})
+    for name, indices in missing.items():
+        if indices:
+            seen = ", ".join(sorted(carried)) or "nothing else"
+            raise InputError(
+                f"{len(indices)} of {n_frames} frames have no {name} (first: frame {indices[0]}); they carry {seen};"
+                f" accepted: labelled frames, or keys=LabelKeys({name}=...)"
+            )
