@@ -56,13 +56,14 @@ class RadialNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False))
         self.out = nn.Linear(width, n_paths * n_channels, bias=False)
         self.shape = (n_paths, n_channels)
-        for layer in [*self.hidden, self.out]:
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+        for k, layer in enumerate([*self.hidden, self.out]):
+            gain = _SILU_GAIN if k else 1.0  # of the silu before; in the weights it costs nothing per edge
+            nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
 
     def forward(self, basis: Tensor) -> Tensor:
         """Basis (E, n_basis) → weights (E, P, C)."""
         for layer in self.hidden:
-            basis = _SILU_GAIN * nn.functional.silu(layer(basis))
+            basis = nn.functional.silu(layer(basis))
         return self.out(basis).view(-1, *self.shape)
 
 
@@ -127,13 +128,13 @@ class InteractionLayer(nn.Module):
     def _n_out(self, irrep: Irrep) -> int:
         return 1 + self.n_gated if irrep == SCALAR else 1
 
-    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology, scale: float) -> Tensor:
+    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology) -> Tensor:
         """x (N, D_in, C), sh (E, (l_max+1)²), basis (E, n_basis) → (N, D_out, C)."""
         if self.norm is not None:
             x = self.norm(x)
         parts = _split(x, self.irreps_in)
         h = torch.cat(self.up(parts), dim=1)
-        message = scale * convolve(
+        message = convolve(
             h, sh, self.radial(basis), topology.senders, topology.receivers, self.plan, topology=topology
         )
         skip = dict(zip(self.irreps_in, parts, strict=True))
@@ -198,7 +199,8 @@ class EquivariantPotential(Potential):
         sh = o3.spherical_harmonics(
             list(range(self.settings.l_max + 1)), vectors, normalize=True, normalization="component"
         )
+        sh = sh * self.message_scale  # 1/√n̄, applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
         for layer in self.layers:
-            x = layer(x, sh, basis, topology, self.message_scale)
+            x = layer(x, sh, basis, topology)
         return self.readout(x.flatten(1)).squeeze(-1)
