@@ -13,6 +13,7 @@ are e3nn's with ``normalize=True, normalization="component"``, real, and ordered
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class OutputBlock:
 
 @dataclass(frozen=True)
 class ConvolutionPlan:
-    """The layout of one convolution; hashable, equal when made from the same irreps. Made by ``make_plan``."""
+    """The layout of one convolution; hashable. Made by ``make_plan``."""
 
     irreps_in: tuple[Irrep, ...]
     l_max_sh: int
@@ -80,9 +81,14 @@ class ConvolutionPlan:
     paths: tuple[Path, ...] = field(repr=False, compare=False)
     blocks: tuple[OutputBlock, ...] = field(repr=False, compare=False)
 
-    def __reduce__(self) -> tuple:
-        """Copies and unpickled plans are the one that ``make_plan`` keeps."""
-        return make_plan, (self.irreps_in, self.l_max_sh, self.irreps_out)
+    digest: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Equality and hash are those of the irreps and of the coefficients."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(repr(path).encode() + path.cg.tobytes())
+        object.__setattr__(self, "digest", digest.hexdigest())
 
     @property
     def n_paths(self) -> int:

@@ -1,0 +1,103 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_problems import make_problem
+
+from equimd.kernels import compiled, convolve, make_layer_plan, make_topology, numba_cpu
+
+
+def everything(problem):
+    out = convolve(*problem.floats, *problem.rest, backend="numba")
+    return (out, *torch.autograd.grad(out.sin().sum(), problem.floats))
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n_atoms", [2, 7])
+def test_result_does_not_depend_on_threads(set_threads, monkeypatch, n_atoms):
+    problem = make_problem(n_atoms=n_atoms, requires_grad=True)
+    set_threads(1)
+    expected = everything(problem)
+    monkeypatch.setattr(numba_cpu, "_WORK_PER_THREAD", 1)
+    for n_threads in (2, 3, 2):
+        set_threads(n_threads)
+        for a, b in zip(everything(problem), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_split_shares_edges():
+    receivers = torch.arange(10).repeat_interleave(torch.arange(10))
+    topology = make_topology(torch.zeros_like(receivers), receivers, 10)
+    bounds = topology.split(3)
+    assert bounds[0] == 0
+    assert bounds[-1] == 10
+    shares = [
+        int(topology.receiver_ptr[b] - topology.receiver_ptr[a]) for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    assert max(shares) <= 15 + 9  # a third of 45 edges, and one node more
+    assert topology.split(3, by_sender=True)[-1] == 10
+
+
+def test_nan_is_kept():
+    problem = make_problem()
+    problem.radial[0, 0, 0] = float("nan")
+    assert convolve(*problem.floats, *problem.rest, backend="numba")[problem.receivers[0], 0, 0].isnan()
+
+
+def test_kernels_are_files_in_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EQUIMD_CACHE", str(tmp_path))
+    compiled.get_kernel("forward", make_layer_plan(0), 3, "float64")
+    files = list((tmp_path / "kernels").glob("_equimd_kernel_*.py"))
+    assert len(files) == 1
+    assert list((tmp_path / "kernels").rglob("*.nbi"))
+    files[0].write_text("broken")
+    monkeypatch.setattr(compiled, "_kernels", {})
+    compiled.get_kernel("forward", make_layer_plan(0), 3, "float64")
+    assert files[0].read_text() != "broken"
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EQUIMD_CACHE", str(tmp_path / "file"))  # a folder cannot be made there, by root neither
+    problem = make_problem(make_layer_plan(0), n_channels=5)
+    out = convolve(*problem.floats, *problem.rest, backend="numba")
+    torch.testing.assert_close(out, convolve(*problem.floats, *problem.rest, backend="reference"))
+
+
+FRESH = """
+import sys
+import equimd.kernels
+import torch
+assert "numba" not in sys.modules, "imported before it is used"
+assert "e3nn" not in sys.modules, "imported before it is used"
+from equimd.kernels import numba_cpu
+from kernel_problems import make_problem
+import multiprocessing
+numba_cpu._WORK_PER_THREAD = 1
+torch.set_num_threads(2)
+problem = make_problem()
+def total(_=None):
+    return float(equimd.kernels.convolve(*problem.floats, *problem.rest, backend="numba").sum())
+expected = total()
+if "fork" in multiprocessing.get_all_start_methods():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(total).get(timeout=30) == expected
+"""
+
+
+def test_fresh_process_imports_little_and_forks():
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-W", "ignore", "-c", FRESH]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert result.returncode == 0, result.stderr
