@@ -14,12 +14,12 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from e3nn import o3
 from pydantic import Field
 from torch import Tensor, nn
 
 from equimd.graph import AtomGraph, derived
 from equimd.kernels import ConvolutionPlan, Irrep, Topology, convolve, make_plan, make_topology, standard_irreps
+from equimd.kernels.harmonics import spherical_harmonics
 from equimd.models.potential import Potential, PotentialSettings
 from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm
 
@@ -196,9 +196,7 @@ class EquivariantPotential(Potential):
         distances = safe_norm(vectors)
         cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
         basis = self.bessel(distances) * cutoff.unsqueeze(-1)
-        sh = o3.spherical_harmonics(
-            list(range(self.settings.l_max + 1)), vectors, normalize=True, normalization="component"
-        )
+        sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
         sh = sh * self.message_scale  # 1/√n̄, applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
         for layer in self.layers:
