@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 from pydantic import Field
 
@@ -158,7 +157,9 @@ class _Bench:
         self.start = frame.copy()
         self.start.set_constraint()
         rng = np.random.default_rng(settings.seed)
-        MaxwellBoltzmannDistribution(self.start, temperature_K=settings.temperature_K, rng=rng)
+        # By hand: ASE's function for it has changed its name.
+        width = np.sqrt(self.start.get_masses() * units.kB * settings.temperature_K)
+        self.start.set_momenta(width[:, None] * rng.normal(size=(len(frame), 3)))
         # Small enough to stay within a Verlet skin, large enough that no cache answers.
         self.displacements = rng.normal(scale=0.005, size=(16, len(frame), 3))
 
