@@ -6,12 +6,12 @@ After each such transformer the edge tokens pass messages between neighbouring a
 
     x_ij = W_0 · φ(r_ij) + a[Z_i] + b[Z_j],   x_i0 = c[Z_i]                                 (embedding)
     x   ← x + Attention(norm x; f_c),   x ← x + SwiGLU(norm x)                               (n_attention_layers times)
-    E_i += h_c(norm x_i0) + Σ_j f_c(r_ij) h_e(norm x_ij)                                     (readout, every GNN layer)
+    E_i += h_c · norm x_i0 + Σ_j f_c(r_ij) h_e · norm x_ij                                   (readout, every GNN layer)
     x_ij ← x_ij + W_m · norm x_ji                                                            (message)
 
-Attention weights are α_ab = f_b exp(q_a·k_b/√d) / Σ_c f_c exp(q_a·k_c/√d) with f = 1 for the atom's own token: the
-exponentials are multiplied by the cutoff function (adding log f to the logits gives NaN in second derivatives), so
-energy and forces are continuous when a neighbour enters or leaves, and an edge beyond the cutoff contributes nothing.
+Attention weights are α_ab = f_b exp(q_a·k_b/√D) / Σ_c f_c exp(q_a·k_c/√D), f the cutoff function of a neighbour's token
+and 1 for the atom's own: energy and forces are continuous when a neighbour enters or leaves, and an edge beyond the
+cutoff contributes nothing.
 Sums over tokens make the output invariant to permutations, edge vectors to translations; nothing to rotations.
 
 The tokens of N atoms lie in a dense array (N, 1 + M, d), M the largest number of neighbours, so that almost all of the
@@ -32,6 +32,7 @@ from equimd.errors import InputError
 from equimd.graph import AtomGraph
 from equimd.models.potential import Potential, PotentialSettings
 from equimd.models.radial import BesselBasis, cosine_cutoff, safe_norm
+from equimd.models.token_ops import attention, rms_norm, swiglu
 
 
 class TransformerSettings(PotentialSettings):
@@ -126,11 +127,6 @@ class _Swap(torch.autograd.Function):
         return _Swap.apply(gradients[0], *ctx.saved_tensors), None  # type: ignore[return-value]
 
 
-def _norm(x: Tensor) -> Tensor:
-    """RMSNorm (Zhang & Sennrich 2019); its gain is part of the linear map that follows."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-
 def _linear(d_in: int, d_out: int, gain: float = 1.0, bias: bool = False) -> nn.Linear:
     """A linear map that turns unit-variance input into output of standard deviation ``gain``."""
     layer = nn.Linear(d_in, d_out, bias=bias)
@@ -153,32 +149,9 @@ class AttentionLayer(nn.Module):
         self.down = _linear(settings.d_feedforward, d, gain=1 / math.sqrt(2 * depth))
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """New tokens (N, T, d) from tokens and their cutoff weights (N, 1, 1, T)."""
-        n, t, d = x.shape
-        d_head = d // self.n_heads
-        q, k, v = self.qkv(_norm(x)).view(n, t, 3, self.n_heads, d_head).permute(2, 0, 3, 1, 4)
-        logits = (q * d_head**-0.5) @ k.transpose(-1, -2)  # (N, H, T, T)
-        # The largest logit is taken out against overflow; a constant of each row, it drops out of the ratio below.
-        scores = torch.exp(logits - logits.detach().amax(-1, keepdim=True)) * weights
-        mixed = (scores @ v) * scores.sum(-1, keepdim=True).reciprocal()  # > 0: the atom's own token weighs 1
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        gate, value = self.up(_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * value)
-
-
-class Readout(nn.Module):
-    """Σ over an atom's tokens of f_c · head(norm x), one head for the atom's token and one for its neighbours'."""
-
-    def __init__(self, d: int, d_out: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(_linear(d, d, bias=True), nn.SiLU(), _linear(d, d_out, gain=0.1)) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Outputs (N, d_out) from normalised tokens (N, T, d) and neighbour weights (N, 1, M)."""
-        of_atom, of_edge = self.heads[0], self.heads[1]
-        return of_atom(x[:, 0]) + (weights @ of_edge(x[:, 1:])).squeeze(1)
+        """New tokens (N, T, d) from tokens and their cutoff weights (N, T)."""
+        x = x + self.out(attention(self.qkv(rms_norm(x)), weights, self.n_heads))
+        return x + self.down(swiglu(self.up(rms_norm(x))))
 
 
 class TransformerPotential(Potential):
@@ -200,11 +173,10 @@ class TransformerPotential(Potential):
         self.transformers = nn.ModuleList(
             nn.ModuleList(AttentionLayer(s) for _ in range(s.n_attention_layers)) for _ in range(s.n_gnn_layers)
         )
-        self.messages = nn.ModuleList(
-            _linear(d, d, gain=0.5) if k else nn.Identity() for k in range(s.n_gnn_layers)
-        )  # none before the first transformer
+        self.messages = nn.ModuleList(_linear(d, d, gain=0.5) for _ in range(s.n_gnn_layers - 1))
         d_out = 4 if s.direct_forces else 1
-        self.readouts = nn.ModuleList(Readout(d, d_out) for _ in range(s.n_gnn_layers))
+        self.atom_heads = nn.ModuleList(_linear(d, d_out, gain=0.1, bias=True) for _ in range(s.n_gnn_layers))
+        self.edge_heads = nn.ModuleList(_linear(d, d_out, gain=0.1) for _ in range(s.n_gnn_layers))
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
@@ -222,16 +194,20 @@ class TransformerPotential(Potential):
         layout = neighbour_layout(graph)
         x, edge_weights = self._embed(graph, vectors, layout)  # (N, T, d), (N, M)
         n, m, d = graph.n_atoms, layout.width, x.shape[2]
-        weights = torch.cat([edge_weights.new_ones(n, 1), edge_weights], dim=1).view(n, 1, 1, 1 + m)
-        outputs = []
-        for transformer, message, readout in zip(self.transformers, self.messages, self.readouts, strict=True):
-            if outputs:
-                sent = message(_norm(x[:, 1:])).reshape(n * m, d)
-                x = x + F.pad(_Swap.apply(sent, layout.reverse).view(n, m, d), (0, 0, 1, 0))  # type: ignore[union-attr]
+        weights = torch.cat([edge_weights.new_ones(n, 1), edge_weights], dim=1)
+        output = x.new_zeros(n, 1)
+        for k, transformer in enumerate(self.transformers):
             for layer in transformer:  # type: ignore[union-attr]
                 x = layer(x, weights)
-            outputs.append(readout(_norm(x), edge_weights.unsqueeze(1)))
-        return torch.stack(outputs).sum(0)
+            normed = rms_norm(x)
+            atoms, edges = normed[:, 0], normed[:, 1:]
+            output = output + self.atom_heads[k](atoms)
+            output = output + (edge_weights.unsqueeze(1) @ self.edge_heads[k](edges)).squeeze(1)
+            if k < len(self.messages):
+                sent = self.messages[k](edges).reshape(n * m, d)
+                received = _Swap.apply(sent, layout.reverse).view(n, m, d)  # type: ignore[union-attr]
+                x = x + F.pad(received, (0, 0, 1, 0))
+        return output
 
     def _embed(self, graph: AtomGraph, vectors: Tensor, layout: NeighbourLayout) -> tuple[Tensor, Tensor]:
         """Tokens (N, 1 + M, d) and the cutoff weights (N, M) of the neighbours, zero in empty slots."""
