@@ -1,0 +1,106 @@
+"""The state of a training, for a resume that continues bit for bit: tensors in safetensors, counters in its header."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as to_safetensors
+from torch import nn
+from torch.optim import Optimizer
+
+from equimd.errors import InputError
+from equimd.models.checkpoint import read_tensors, write_bytes_atomically
+
+STATE_FILE = "state.safetensors"
+FORMAT = "equimd-training-state"
+
+
+class Progress(BaseModel):
+    """Counters of a training; everything that the loop needs besides tensors.
+
+    step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
+    since the last validation. best is the metric of the best validation, ``stale`` the validations since; rows those of
+    metrics.csv.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    frames_seen: int = 0
+    sums: list[float] = [0.0, 0.0, 0.0, 0.0]
+    n_sums: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    device_hours: float = 0.0
+    sessions: int = 0
+    rows: int = 0
+    stopped: str | None = None
+
+
+def write_state(
+    folder: Path, progress: Progress, identity: dict[str, Any], modules: dict[str, nn.Module], optimizers: list[Optimizer]
+) -> None:
+    """Write everything to ``state.safetensors``; ``identity`` is what must be the same at a resume."""
+    tensors = {
+        f"{prefix}/{name}": tensor.detach().cpu().clone()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    for k, optimizer in enumerate(optimizers):
+        for n, parameter in enumerate(_parameters(optimizer)):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer{k}/{n}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    header = {"progress": progress.model_dump(), "identity": identity}
+    metadata = {"format": FORMAT, "header": json.dumps(header)}
+    write_bytes_atomically(folder / STATE_FILE, to_safetensors(tensors, metadata))
+
+
+def read_state(
+    folder: Path, identity: dict[str, Any], modules: dict[str, nn.Module], optimizers: list[Optimizer]
+) -> Progress | None:
+    """Fill modules and optimisers from ``state.safetensors``; None where a training left none.
+
+    Raises:
+        InputError: for an unreadable file, or when ``identity`` is not what it was.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    header, tensors = read_tensors(path, FORMAT)
+    before = header.get("identity", {})
+    changed = [key for key in identity if before.get(key) != identity[key]]
+    if changed:
+        key = changed[0]
+        raise InputError(f"cannot resume {folder}: {_difference(key, before.get(key), identity[key])}")
+    try:
+        for prefix, module in modules.items():
+            own = {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+            module.load_state_dict(own)
+        progress = Progress.model_validate(header["progress"])
+    except (RuntimeError, KeyError, ValidationError) as error:
+        raise InputError(f"{path} does not fit this recipe: {' '.join(str(error).split())[:200]}") from error
+    for k, optimizer in enumerate(optimizers):
+        for n, parameter in enumerate(_parameters(optimizer)):
+            prefix = f"optimizer{k}/{n}/"
+            own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+            if own:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
+    return progress
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """The first entry in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in now:
+            if before.get(name) != now[name]:
+                return _difference(f"{key}.{name}", before.get(name), now[name])
+    return f"{key} was {before!r} and is now {now!r}"
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
