@@ -45,9 +45,8 @@ def reference_calculator(name: str, *, charge: int = 0, multiplicity: int = 1) -
         raise ValueError(f"unknown reference {name!r}; accepted: {', '.join(METHODS)}")
     if multiplicity < 1:
         raise ValueError(f"multiplicity is {multiplicity}; accepted: 1 (singlet), 2 (doublet), ...")
-    from tblite.ase import TBLite  # takes 0.2 s, and is missing on Windows
-
-    return TBLite(method=METHODS[name], charge=charge, multiplicity=multiplicity, accuracy=ACCURACY, verbosity=0)
+    settings = {"charge": charge, "multiplicity": multiplicity, "accuracy": ACCURACY, "verbosity": 0}
+    return _import_tblite()(method=METHODS[name], **settings)
 
 
 def label(
@@ -61,7 +60,7 @@ def label(
     Args:
         frames: Structures; their own calculators are not used.
         name: `"gfn1-xtb"` or `"gfn2-xtb"`.
-        processes: Number of worker processes, each with one thread; 1 works in the calling process.
+        processes: Number of worker processes; 1 works in the calling process.
         progress: Called with the number of frames done, after each.
 
     Raises:
@@ -99,18 +98,20 @@ def isolated_atom_energies(name: str, numbers: Iterable[int]) -> dict[int, float
     return energies
 
 
-@contextmanager
-def one_thread_per_worker() -> Iterator[None]:
-    """Processes spawned inside the block compute with one OpenMP thread; the caller's own setting is restored."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _import_tblite() -> type[Calculator]:
+    """tblite's calculator with one OpenMP thread, unless the user chose a number.
+
+    A molecule is too small to share, and waiting threads spin: on busy cores that costs a factor of a hundred. OpenMP
+    reads the variable when it is loaded, so it is set for the first import only, and not left behind.
+    """
+    chosen = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        yield
+        from tblite.ase import TBLite
     finally:
-        if before is None:
+        if not chosen:
             del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    return TBLite
 
 
 @contextmanager
@@ -119,9 +120,8 @@ def _labels(frames: Sequence[Atoms], name: str, processes: int) -> Iterator[Iter
     if processes <= 1:
         yield map(_single_point, frames, names)
         return
-    # Spawned, not forked: OpenMP does not survive a fork, and it reads its thread count when it is loaded.
-    context = multiprocessing.get_context("spawn")
-    with one_thread_per_worker(), ProcessPoolExecutor(processes, mp_context=context) as pool:
+    context = multiprocessing.get_context("spawn")  # OpenMP does not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield pool.map(_single_point, frames, names)
 
 
