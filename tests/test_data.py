@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from ase.io import read
 
+from equimd.frames import read_list
 from equimd.references import isolated_atom_energies, label
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -21,8 +22,8 @@ def _info(name: str) -> dict:
     return json.loads((DATA / name / "info.json").read_text(encoding="utf-8"))
 
 
-def _frames(name: str, split: str, index: str = ":") -> list[Atoms]:
-    return read(DATA / name / f"{split}.xyz.gz", index)
+def _frames(name: str, split: str) -> list[Atoms]:
+    return read_list(DATA / name / f"{split}.xyz.gz")
 
 
 def test_there_are_data_sets():
@@ -106,7 +107,7 @@ def test_labels_are_those_of_the_reference(name):
 @pytest.mark.parametrize("name", SETS)
 def test_start_is_one_structure_of_the_same_atoms(name):
     start = read(DATA / name / "start.xyz")
-    (frame,) = _frames(name, "test", ":1")
+    frame = _frames(name, "test")[0]
     np.testing.assert_array_equal(start.numbers, frame.numbers)
     np.testing.assert_array_equal(start.pbc, frame.pbc)
 
