@@ -1,0 +1,149 @@
+"""One self-contained HTML page: style and figures inline, nothing fetched."""
+
+from html import escape
+from importlib import resources
+
+from equimd.report.comparison import CompareResult
+from equimd.report.figures import Plot, draw_all
+from equimd.report.style import colour
+from equimd.report.table import method, rows
+from equimd.report.verdict import NEGLIGIBLE, VISIBLE, WORDS, in_words
+
+
+def render(result: CompareResult) -> str:
+    """The whole page as text."""
+    style = resources.files("equimd.report").joinpath("page.css").read_text(encoding="utf-8")
+    names = " and ".join(p.name for p in result.potentials)
+    body = "\n".join(
+        (
+            _header(result),
+            _verdict(result),
+            _table(result),
+            _figures(draw_all(result)),
+            _methods(result),
+            _footer(result),
+        )
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(names)} · equimd</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(result: CompareResult) -> str:
+    s = result.settings
+    names = ' <span class="vs">and</span> '.join(
+        f'<span style="color:{colour(k)}">{escape(p.name)}</span>' for k, p in enumerate(result.potentials)
+    )
+    facts = " · ".join(
+        (
+            f"{_formula(result.formula)}, {result.n_atoms} atoms",
+            f"{s.temperature_K:g} K",
+            f"{s.steps * s.timestep_fs / 1e3:g} ps of molecular dynamics each",
+            f"labelled with {escape(method(result.reference))}",
+        )
+    )
+    return f'<header>\n<p class="kicker">equimd compare</p>\n<h1>{names}</h1>\n<p class="facts">{facts}</p>\n</header>'
+
+
+def _formula(formula: str) -> str:
+    """Digits as subscripts."""
+    out = ""
+    for character in escape(formula):
+        out += f"<sub>{character}</sub>" if character.isdigit() else character
+    return out.replace("</sub><sub>", "")
+
+
+def _verdict(result: CompareResult) -> str:
+    cards = "\n".join(
+        f'<div class="card" style="border-top-color:{colour(k)}">\n<p class="name">{escape(p.name)}</p>\n'
+        f'<p class="level">{escape(WORDS[p.verdict.level].split(":")[0])}</p>\n'
+        f'<p class="because">{escape(p.verdict.text)}</p>\n</div>'
+        for k, p in enumerate(result.potentials)
+    )
+    own = [p.verdict.text for p in result.potentials]
+    lines = "\n".join(f"<li>{escape(line)}</li>" for line in in_words(result.potentials) if not _repeats(line, own))
+    return (
+        '<section class="verdict">\n<h2>Is the symmetry error worth worrying about?</h2>\n'
+        f'<div class="cards">\n{cards}\n</div>\n<ul>\n{lines}\n</ul>\n</section>'
+    )
+
+
+def _repeats(line: str, texts: list[str]) -> bool:
+    return any(line.endswith(f"{text}.") for text in texts)
+
+
+def _table(result: CompareResult) -> str:
+    head = "".join(
+        f'<th scope="col"><span class="dot" style="background:{colour(k)}"></span>{escape(p.name)}</th>'
+        for k, p in enumerate(result.potentials)
+    )
+    lines = []
+    for row in rows(result):
+        kind = ' class="sub"' if row.label.startswith(" ") else ""
+        cells = "".join(f"<td>{escape(value)}</td>" for value in row.values)
+        unit = f'<td class="unit">{escape(row.unit)}</td>'
+        lines.append(f'<tr{kind}><th scope="row">{escape(row.label.strip())}</th>{cells}{unit}</tr>')
+    body = "\n".join(lines)
+    return (
+        '<section>\n<h2>Side by side</h2>\n<div class="scroll"><table>\n'
+        f"<thead><tr><td></td>{head}<td></td></tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n</section>"
+    )
+
+
+def _figures(plots: list[Plot]) -> str:
+    figures = "\n".join(
+        f"<figure>\n<h3>{escape(p.title)}</h3>\n{p.svg}\n<figcaption>{escape(p.caption)}</figcaption>\n</figure>"
+        for p in plots
+    )
+    return f'<section class="plots">\n{figures}\n</section>'
+
+
+def _methods(result: CompareResult) -> str:
+    s, first = result.settings, result.potentials[0]
+    group = first.equivariance.group
+    space = "O(3)" if group.inversion else "SO(3)"
+    kind = f"quadrature of degree {group.degree}" if group.kind == "quadrature" else "random rotations"
+    check = first.equivariance.degree_check
+    nve = first.nve.duration_ps
+    items = [
+        f"Langevin dynamics at {s.temperature_K:g} K, friction {s.friction_per_fs:g} fs⁻¹, time step {s.timestep_fs:g} "
+        f"fs, {s.steps:,} steps, seed {s.seed}; all potentials start from the same positions and velocities.",
+        f"{first.equivariance.n_frames} evenly spaced frames of each run are labelled with "
+        f"{method(result.reference)}. Accuracy is measured on all {first.accuracy.n_frames} labelled frames of all runs, "
+        "so that every potential meets the same structures; equivariance on the frames of its own run.",
+        f"Equivariance error: forces of {group.n_rotations} rotated copies of each frame ({kind} on {space}), rotated "
+        "back; their spread about the mean. The mean squared error splits exactly into the error of that mean and "
+        "this spread: the share of the loss.",
+        f"Verdict: below three rounding floors exact; below {NEGLIGIBLE:g} of the force error negligible here; up to "
+        f"{VISIBLE:g} visible; above, dominant.",
+        f"NVE: {nve:g} ps from the start structure; drift by least squares, with a standard error that respects "
+        "autocorrelation. Speed: median over blocks of MD steps after a warm-up; a device-hour is one hour of "
+        f"{first.throughput.device}.",
+    ]
+    if check is not None:
+        changes = ", ".join(
+            f"{100 * p.equivariance.degree_check.relative_change:+.2g} % ({p.name})"
+            for p in result.potentials
+            if p.equivariance.degree_check is not None and p.verdict.level != "exact"
+        )
+        if changes:
+            items.append(
+                f"Raising the quadrature to degree {check.degree} changes the equivariance error by {changes}."
+            )
+    lines = "\n".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<section class="methods">\n<h2>How it was measured</h2>\n<ul>\n{lines}\n</ul>\n</section>'
+
+
+def _footer(result: CompareResult) -> str:
+    p = result.provenance
+    versions = " · ".join(f"{name} {version}" for name, version in p.versions.items() if version != "not installed")
+    devices = sorted({f"{q.throughput.device}, {q.throughput.dtype}" for q in result.potentials})
+    machine = f"{p.processor}, {p.n_threads} threads; {'; '.join(devices)}; {result.wall_seconds:.0f} s in all"
+    return (
+        f"<footer>\n<p>{escape(p.date)} · {escape(machine)}</p>\n"
+        f"<p>python {escape(p.python)} · {escape(versions)}</p>\n"
+        "<p>Every number and series is in results.json beside this page.</p>\n</footer>"
+    )

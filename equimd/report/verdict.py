@@ -1,0 +1,105 @@
+"""Numbers into words, with fixed thresholds, so that two reports with the same words mean the same."""
+
+import math
+
+from equimd.analysis.equivariance_results import EquivarianceResult
+from equimd.report.comparison import Level, PotentialResult, Verdict
+
+# Symmetry error as a fraction of the model's error: below the first "negligible here", up to the second "visible".
+NEGLIGIBLE = 1 / 10
+VISIBLE = 1 / 2
+# Rounding of a float64 field that has no float32 twin to measure a floor with: some hundred machine epsilons.
+EXACT_RELATIVE = 1e-13
+# Differences count beyond this many standard errors.
+SIGNIFICANT = 2.0
+
+WORDS: dict[Level, str] = {
+    "exact": "exact: at the rounding floor",
+    "negligible": "negligible here",
+    "visible": "visible",
+    "dominant": "dominant",
+}
+
+
+def judge(result: EquivarianceResult) -> Verdict:
+    """The verdict on one potential from its equivariance error; needs labels for all but "exact"."""
+    loss, force = result.loss, result.force
+    ratio = math.sqrt(loss.l_equiv / loss.l_total) if loss and loss.l_total > 0 else float("nan")
+    level = _level(ratio, force.at_floor or force.relative < EXACT_RELATIVE)
+    needed = None
+    if loss and loss.l_mean > 0:
+        needed = max(1, math.ceil(loss.l_equiv / (NEGLIGIBLE**2 * loss.l_mean)))
+    size = f"symmetry error {_mev(force.rmse_equiv)} meV/Å"
+    if level == "exact":
+        text = f"{size}, {WORDS[level]}"
+    elif math.isnan(ratio):
+        text = f"{size}; without labels there is no error to compare it with"
+    else:
+        share = f"{100 * ratio:.2g} % of the force error" if ratio < 0.995 else "all of the force error"
+        text = f"{size}, {share}: {WORDS[level]}"
+    return Verdict(level=level, ratio=ratio, rotations_needed=needed, text=text)
+
+
+def _level(ratio: float, exact: bool) -> Level:
+    if exact:
+        return "exact"
+    if ratio < NEGLIGIBLE:
+        return "negligible"
+    return "visible" if ratio <= VISIBLE else "dominant"
+
+
+def in_words(potentials: list[PotentialResult]) -> list[str]:
+    """The comparison in sentences: symmetry of each, then accuracy, speed and energy conservation of the pair."""
+    lines = [f"{p.name}: {p.verdict.text}." for p in potentials]
+    lines += [line for p in potentials if (line := _averaging(p))]
+    if len(potentials) > 1:
+        lines += [_accuracy(potentials), _speed(potentials)]
+    return [*lines, _drift(potentials)]
+
+
+def _averaging(p: PotentialResult) -> str:
+    k = p.verdict.rotations_needed
+    if p.verdict.level in ("exact", "negligible") or k is None or k < 2:
+        return ""
+    return f"Averaging {p.name} over {k} random rotations, at {k} times its cost, would make it negligible."
+
+
+def _accuracy(potentials: list[PotentialResult]) -> str:
+    ranked = sorted((p for p in potentials if p.accuracy.force), key=lambda p: p.accuracy.force.mae)  # type: ignore[union-attr]
+    if len(ranked) < 2:
+        return "Forces could not be compared with the reference."
+    best, last = ranked[0], ranked[-1]
+    assert best.accuracy.force is not None
+    assert last.accuracy.force is not None
+    factor = last.accuracy.force.mae / best.accuracy.force.mae if best.accuracy.force.mae > 0 else float("inf")
+    if factor < 1.05:
+        return "On the same frames their force errors are the same within 5 %."
+    return f"On the same frames {best.name} has the smaller force error, by a factor of {factor:.2g}."
+
+
+def _speed(potentials: list[PotentialResult]) -> str:
+    ranked = sorted(potentials, key=lambda p: p.throughput.ms_per_step.median)
+    best, last = ranked[0], ranked[-1]
+    factor = last.throughput.ms_per_step.median / best.throughput.ms_per_step.median
+    unstable = [p.name for p in potentials if p.throughput.unstable]
+    note = f" (timings of {' and '.join(unstable)} were unstable: the machine was busy)" if unstable else ""
+    if factor < 1.05:
+        return f"They run equally fast within 5 %{note}."
+    return f"{best.name} runs {factor:.2g} times faster{note}."
+
+
+def _drift(potentials: list[PotentialResult]) -> str:
+    drifting = [p for p in potentials if drift_is_significant(p)]
+    if not drifting:
+        return "No run gains or loses energy in NVE beyond two standard errors."
+    parts = [f"{p.name} by {p.nve.drift_mev_per_atom_per_ps:+.2g} meV/atom/ps" for p in drifting]
+    return f"Energy drifts beyond two standard errors in NVE with {' and '.join(parts)}."
+
+
+def drift_is_significant(p: PotentialResult) -> bool:
+    """Whether the NVE drift differs from zero by more than two standard errors."""
+    return abs(p.nve.drift_mev_per_atom_per_ps) > SIGNIFICANT * p.nve.stderr
+
+
+def _mev(value: float) -> str:
+    return f"{1e3 * value:.2g}"
