@@ -8,7 +8,7 @@ stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,8 +26,8 @@ class PotentialSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cutoff: float = Field(5.0, gt=0.5, le=20.0, description="radial cutoff in Å")
-    zbl: bool = Field(True, description="add the Ziegler-Biersack-Littmark repulsion below the sum of covalent radii")
+    cutoff: float = Field(default=5.0, gt=0.5, le=20.0, description="radial cutoff in Å")
+    zbl: bool = Field(default=True, description="add the Ziegler-Biersack-Littmark repulsion below the sum of covalent radii")
 
 
 class Prediction(NamedTuple):
@@ -75,6 +75,12 @@ class Potential(nn.Module, ABC):
         self.register_buffer("scale", torch.ones(len(self.species)))
         self.register_buffer("shift", torch.zeros(len(self.species)))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
+        """Move the isolated-atom energies with the module, but never cast them."""
+        super()._apply(fn, recurse)
+        self._isolated_atom_energies = self._isolated_atom_energies.to(self.scale.device)
+        return self
+
     @property
     def isolated_atom_energies(self) -> dict[int, float]:
         """Energies of isolated atoms in eV by atomic number."""
@@ -111,6 +117,11 @@ class Potential(nn.Module, ABC):
         """Atomic energies (N,) in eV relative to isolated atoms, from edge vectors (E, 3)."""
         return self._energies(graph, vectors, self.network(graph, vectors))
 
+    def atomic_energies_and_forces(self, graph: AtomGraph, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Atomic energies (N,) in eV relative to isolated atoms and direct forces (N, 3) in eV/Å."""
+        output, forces = self.network_with_forces(graph, vectors)
+        return self._energies(graph, vectors, output), forces
+
     def _energies(self, graph: AtomGraph, vectors: Tensor, output: Tensor) -> Tensor:
         kind = self.species_of(graph)
         energies = output * self.scale[kind] + self.shift[kind]
@@ -129,17 +140,16 @@ class Potential(nn.Module, ABC):
             if needs_gradient:
                 vectors = vectors.detach().requires_grad_()
             if self.direct_forces:
-                output, forces = self.network_with_forces(graph, vectors)
-                relative = self._energies(graph, vectors, output)
+                relative, forces = self.atomic_energies_and_forces(graph, vectors)
             else:
                 relative, forces = self.atomic_energies(graph, vectors), None
-            gradient = _edge_gradient(relative, vectors, create_graph or self.direct_forces) if needs_gradient else None
+            gradient = _edge_gradient(relative, vectors, create_graph) if needs_gradient else None
             if forces is None:
                 assert gradient is not None
                 forces = _scatter_forces(graph, gradient)
             sigma = _stress(graph, vectors, gradient) if stress and gradient is not None else None
         energies = relative.to(torch.float64)
-        totals = energies + self._isolated_atom_energies.to(self.device)[kind]
+        totals = energies + self._isolated_atom_energies[kind]
         energy = torch.zeros(graph.n_systems, dtype=torch.float64, device=self.device).index_add(0, graph.batch, totals)
         if create_graph:
             return Prediction(energy, energies, forces, sigma)
