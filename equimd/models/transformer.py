@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from equimd.errors import InputError
-from equimd.graph import AtomGraph
+from equimd.graph import AtomGraph, derived
 from equimd.models.potential import Potential, PotentialSettings
 from equimd.models.radial import BesselBasis, cosine_cutoff, safe_norm
 from equimd.models.token_ops import attention, rms_norm, swiglu
@@ -39,14 +39,14 @@ class TransformerSettings(PotentialSettings):
     """Settings of the transformer family."""
 
     family: Literal["transformer"] = "transformer"
-    d_model: int = Field(64, ge=4, le=4096, description="channels of a token")
-    n_heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of d_model")
-    n_gnn_layers: int = Field(2, ge=1, le=16, description="transformers per atom, with messages in between")
-    n_attention_layers: int = Field(2, ge=1, le=16, description="attention and SwiGLU blocks in each transformer")
-    d_feedforward: int = Field(128, ge=1, le=16384, description="hidden channels of SwiGLU")
-    n_radial: int = Field(8, ge=1, le=64, description="Bessel functions of the distance among the edge features")
-    cutoff_width: float = Field(1.0, gt=0.0, description="width in Å of the smooth step down to the cutoff")
-    direct_forces: bool = Field(False, description="forces from a head of their own, not the gradient of the energy")
+    d_model: int = Field(default=64, ge=4, le=4096, description="channels of a token")
+    n_heads: int = Field(default=4, ge=1, le=64, description="attention heads; a divisor of d_model")
+    n_gnn_layers: int = Field(default=2, ge=1, le=16, description="transformers per atom, with messages in between")
+    n_attention_layers: int = Field(default=2, ge=1, le=16, description="attention and SwiGLU blocks in each transformer")
+    d_feedforward: int = Field(default=128, ge=1, le=16384, description="hidden channels of SwiGLU")
+    n_radial: int = Field(default=8, ge=1, le=64, description="Bessel functions of the distance among the edge features")
+    cutoff_width: float = Field(default=1.0, gt=0.0, description="width in Å of the smooth step down to the cutoff")
+    direct_forces: bool = Field(default=False, description="forces from a head of their own, not the gradient of the energy")
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerSettings":
@@ -63,27 +63,22 @@ class NeighbourLayout:
 
     edge (N·M,): edge in each slot, E (one past the last) where the slot is empty; None when slot e is edge e.
     neighbour (N·M,): atom of the edge's sender; an empty slot names its own atom. reverse (N·M,): slot of the edge
-    back, itself where empty; it is its own inverse. source: the edges that it was made from.
+    back, itself where empty; it is its own inverse.
     """
 
     width: int
     edge: Tensor | None
     neighbour: Tensor
     reverse: Tensor
-    source: tuple[Tensor, Tensor]
 
 
 def neighbour_layout(graph: AtomGraph) -> NeighbourLayout:
-    """The layout of ``graph``, kept on the graph as long as it holds the same edge tensors.
+    """The layout of ``graph``, kept on the graph as long as it holds the same ``edge_index``.
 
     Raises InputError when an edge has no reverse (same atoms, opposite shift).
     """
     edge_index, edge_shifts = graph["edge_index"], graph["edge_shifts"]
-    cached = vars(graph).get("_neighbour_layout")
-    if cached is None or cached.source[0] is not edge_index or cached.source[1] is not edge_shifts:
-        cached = _build_layout(edge_index, edge_shifts, graph.n_atoms)
-        object.__setattr__(graph, "_neighbour_layout", cached)  # not as one of the graph's data fields
-    return cached
+    return derived(graph, "neighbour_layout", lambda: _build_layout(edge_index, edge_shifts, graph.n_atoms))
 
 
 def _build_layout(edge_index: Tensor, edge_shifts: Tensor, n_atoms: int) -> NeighbourLayout:
@@ -111,7 +106,7 @@ def _build_layout(edge_index: Tensor, edge_shifts: Tensor, n_atoms: int) -> Neig
     edge = torch.full((n_atoms * width,), n_edges, device=device)
     edge[slot] = torch.arange(n_edges, device=device)
     in_place = n_edges == n_atoms * width and bool((slot[1:] > slot[:-1]).all())
-    return NeighbourLayout(width, None if in_place else edge, neighbour, reverse, (edge_index, edge_shifts))
+    return NeighbourLayout(width, None if in_place else edge, neighbour, reverse)
 
 
 class _Swap(torch.autograd.Function):
