@@ -33,6 +33,8 @@ def neighbor_list(
 def _complete_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Replace non-periodic lattice vectors by unit vectors that make the cell invertible."""
     box = cell.copy()
+    if not np.isfinite(cell[pbc]).all():  # vesin would end the process with a floating point exception
+        raise InputError(f"cell is {cell.tolist()}; finite numbers in Å are accepted")
     for axis in np.flatnonzero(pbc):
         if np.linalg.norm(cell[axis]) == 0:
             raise InputError(f"pbc is {pbc.tolist()} but cell vector {axis} is zero; give a cell or set pbc=False")
