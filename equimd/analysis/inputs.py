@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.stress import voigt_6_to_full_3x3_stress
 
+from equimd import frames
 from equimd.calculators.forcefield import as_force_field
 from equimd.errors import InputError
 
@@ -22,9 +22,9 @@ class Labels(NamedTuple):
     stress: np.ndarray | None
 
 
-def checked_frames(frames: Atoms | Iterable[Atoms]) -> list[Atoms]:
+def checked_frames(structures: Atoms | Iterable[Atoms]) -> list[Atoms]:
     """The frames as a list; empty lists, empty structures and positions that are not finite are refused."""
-    listed = [frames] if isinstance(frames, Atoms) else list(frames)
+    listed = [structures] if isinstance(structures, Atoms) else list(structures)
     if not listed:
         raise InputError("0 frames given; expected at least 1")
     for index, frame in enumerate(listed):
@@ -37,28 +37,28 @@ def checked_frames(frames: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
 
 def labels_of(frame: Atoms) -> Labels:
-    """What a SinglePointCalculator of the frame holds; values that are not finite count as absent."""
-    calculator = frame.calc
-    if not isinstance(calculator, SinglePointCalculator):
+    """The frame's own labels (see ``equimd.frames.labels_of``); values that are not finite count as absent.
+
+    What a live calculator happens to hold is no label: a potential would be compared with itself.
+    """
+    if frame.calc is not None and not isinstance(frame.calc, SinglePointCalculator):
         return Labels(None, None, None)
-    results = calculator.results
-    energy, forces, stress = (_finite(results.get(key)) for key in ("energy", "forces", "stress"))
+    held = frames.labels_of(frame)
+    energy, forces, stress = (_finite(held[key]) for key in ("energy", "forces", "stress"))
     if forces is not None and forces.shape != (len(frame), 3):
         raise InputError(f"force labels have shape {forces.shape}; expected ({len(frame)}, 3)")
-    if stress is not None and stress.shape != (3, 3):
-        stress = voigt_6_to_full_3x3_stress(stress)
     return Labels(None if energy is None else float(energy), forces, stress)
 
 
-def reference_labels(frames: list[Atoms], reference: Any | None) -> list[Labels]:
+def reference_labels(structures: list[Atoms], reference: Any | None) -> list[Labels]:
     """Labels from ``reference`` (a name, "gfn2-xtb"; an ASE calculator or a ForceField), else the frames' own."""
     if reference is None:
-        return [labels_of(frame) for frame in frames]
+        return [labels_of(frame) for frame in structures]
     if isinstance(reference, str):
         from equimd.references import label
 
-        return [labels_of(frame) for frame in label(frames, reference)]
-    evaluation = as_force_field(reference).evaluate(frames)
+        return [labels_of(frame) for frame in label(structures, reference)]
+    evaluation = as_force_field(reference).evaluate(structures)
     return [
         Labels(float(e), f, s)
         for e, f, s in zip(evaluation.energies, evaluation.forces, evaluation.stresses, strict=True)

@@ -65,6 +65,16 @@ def test_no_labels_at_all_are_refused():
             evaluate_accuracy(lennard_jones(), [atoms])
 
 
+def test_stale_labels_and_live_calculators_are_no_labels():
+    moved, live = frame(energy=0.1, force=0.1), molecule("H2O")
+    moved.positions[0] += 0.1
+    live.calc = lennard_jones()
+    live.get_forces()
+    for atoms in (moved, live):
+        with pytest.raises(InputError, match="none of 1 frames has labels"):
+            evaluate_accuracy(lennard_jones(), [atoms])
+
+
 def test_stress_and_a_reference_calculator():
     crystal = bulk("Cu", cubic=True)
     crystal.rattle(0.1, seed=0)
