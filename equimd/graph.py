@@ -6,7 +6,7 @@ vectors. Edges are sorted by receiver. Both directions of every pair are present
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,19 @@ class AtomGraph(Data):
     batch (N,) int64, the structure each atom belongs to; n_systems int.
     Labels, NaN where absent: energy (S,) eV float64; forces (N, 3) eV/Å float64; stress (S, 3, 3) eV/Å³ float64.
     """
+
+    if TYPE_CHECKING:  # torch_geometric declares these as Tensor | None, or not at all
+        positions: Tensor
+        atomic_numbers: Tensor
+        edge_index: Tensor  # pyright: ignore
+        edge_shifts: Tensor
+        cell: Tensor
+        pbc: Tensor
+        batch: Tensor  # pyright: ignore
+        energy: Tensor
+        forces: Tensor
+        stress: Tensor
+        n_systems: int
 
     def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:
         """Only edge_index counts atoms; every other key is concatenated as it is."""
@@ -122,7 +135,7 @@ def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
     Kept outside the graph's fields, so that batching and copying do not see it; rebuilt when ``edge_index`` is another
     tensor.
     """
-    store = graph.__dict__.setdefault("_derived", {})
+    store = graph.__dict__.setdefault("_derived", {})  # pyright: ignore
     held = store.get(key)
     if held is None or held[0] is not graph.edge_index:
         held = store[key] = (graph.edge_index, build())
@@ -130,10 +143,15 @@ def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
 
 
 def edge_vectors(graph: AtomGraph, dtype: torch.dtype) -> Tensor:
-    """Edge vectors r_ij (E, 3) in Å, formed in float64 from float64 positions and cell, then cast to ``dtype``."""
+    """Edge vectors r_ij (E, 3) in Å, formed in float64 from float64 positions and cell, then cast to ``dtype``.
+
+    The vector of the reverse edge is the exact negative, to the last bit.
+    """
     i, j = graph.edge_index
     vectors = graph.positions[j] - graph.positions[i]
     if bool(graph.pbc.any()):
+        # Term by term: a matrix product may round the rows of an edge and of its reverse differently.
         cell = graph.cell[graph.batch[i]] if graph.n_systems > 1 else graph.cell
-        vectors = vectors + torch.einsum("ea,eab->eb", graph.edge_shifts, cell.expand(len(i), 3, 3))
+        for axis in range(3):
+            vectors = vectors + graph.edge_shifts[:, axis, None] * cell[:, axis]
     return vectors.to(dtype)

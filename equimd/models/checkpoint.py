@@ -217,9 +217,7 @@ def find_potential(name_or_path: str | Path) -> Path:
     raise InputError(f"no potential is called {text!r}{hint}; accepted are a path and: {known}")
 
 
-def load_potential(
-    name_or_path: str | Path, device: str | torch.device = "auto", dtype: str = "float32"
-) -> Potential:
+def load_potential(name_or_path: str | Path, device: str | torch.device = "auto", dtype: str = "float32") -> Potential:
     """A trained potential by name or path, ready to compute; ``.header`` is its header, ``.card`` its card or None."""
     found = find_potential(name_or_path)
     file = found / MODEL_FILE if found.is_dir() else found

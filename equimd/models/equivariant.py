@@ -35,16 +35,18 @@ class EquivariantSettings(PotentialSettings):
     """Architecture of the equivariant family."""
 
     family: Literal["equivariant"] = "equivariant"
-    n_layers: int = Field(3, ge=1, le=12, description="interaction layers")
-    l_max: int = Field(2, ge=0, le=3, description="highest degree of features and spherical harmonics")
-    parity: bool = Field(False, description="keep irreps of both parities (pseudo-scalars, pseudo-vectors, …)")
-    n_channels: int = Field(32, ge=1, le=1024, description="channels per irrep")
-    n_bessel: int = Field(8, ge=1, le=64, description="radial basis functions")
-    radial_width: int = Field(64, ge=1, description="width of the radial networks")
-    radial_depth: int = Field(2, ge=1, le=4, description="hidden layers of the radial networks")
-    cutoff_power: int = Field(6, ge=3, description="p of the polynomial cutoff")
-    rms_norm: bool = Field(False, description="equivariant RMS norm before each layer")
-    avg_num_neighbors: float | None = Field(None, gt=0, description="n̄; None takes the mean of the training set")
+    n_layers: int = Field(default=3, ge=1, le=12, description="interaction layers")
+    l_max: int = Field(default=2, ge=0, le=3, description="highest degree of features and spherical harmonics")
+    parity: bool = Field(default=False, description="keep irreps of both parities (pseudo-scalars, pseudo-vectors, …)")
+    n_channels: int = Field(default=32, ge=1, le=1024, description="channels per irrep")
+    n_bessel: int = Field(default=8, ge=1, le=64, description="radial basis functions")
+    radial_width: int = Field(default=64, ge=1, description="width of the radial networks")
+    radial_depth: int = Field(default=2, ge=1, le=4, description="hidden layers of the radial networks")
+    cutoff_power: int = Field(default=6, ge=3, description="p of the polynomial cutoff")
+    rms_norm: bool = Field(default=False, description="equivariant RMS norm before each layer")
+    avg_num_neighbors: float | None = Field(
+        default=None, gt=0, description="n̄; None takes the mean of the training set"
+    )
 
 
 class RadialNetwork(nn.Module):
@@ -53,10 +55,11 @@ class RadialNetwork(nn.Module):
     def __init__(self, n_basis: int, width: int, depth: int, n_paths: int, n_channels: int) -> None:
         super().__init__()
         sizes = [n_basis] + [width] * depth
-        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False))
+        hidden = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:], strict=False)]
+        self.hidden = nn.ModuleList(hidden)
         self.out = nn.Linear(width, n_paths * n_channels, bias=False)
         self.shape = (n_paths, n_channels)
-        for k, layer in enumerate([*self.hidden, self.out]):
+        for k, layer in enumerate([*hidden, self.out]):
             gain = _SILU_GAIN if k else 1.0  # of the silu before; in the weights it costs nothing per edge
             nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
 
@@ -84,6 +87,8 @@ class IrrepsLinear(nn.Module):
 
 class EquivariantRMSNorm(nn.Module):
     """x / rms(x) over all components and channels of an atom, times a learned weight per irrep and channel."""
+
+    row_irrep: Tensor
 
     def __init__(self, irreps: tuple[Irrep, ...], n_channels: int, eps: float = 1e-4) -> None:
         super().__init__()
@@ -149,18 +154,17 @@ class InteractionLayer(nn.Module):
     def _gate(self, blocks: list[Tensor]) -> Tensor:
         """silu on even scalars, tanh on odd ones, every l > 0 times a sigmoid of a scalar of its own."""
         c = self.n_channels
-        gates: tuple[Tensor, ...] = ()
+        gates: list[Tensor] = []
         out: list[Tensor] = []
         for irrep, y in zip(self.irreps_out, blocks, strict=True):
             if irrep == SCALAR:
                 scalars, gate_inputs = y.split([c, y.shape[2] - c], dim=2)
-                gates = (_SIGMOID_GAIN * torch.sigmoid(gate_inputs)).split(c, dim=2) if self.n_gated else ()
+                gates = list((_SIGMOID_GAIN * torch.sigmoid(gate_inputs)).split(c, dim=2)) if self.n_gated else []
                 out.append(_SILU_GAIN * nn.functional.silu(scalars))
             elif irrep[0] == 0:
                 out.append(_TANH_GAIN * torch.tanh(y))
             else:
-                gate, gates = gates[0], gates[1:]
-                out.append(y * gate)
+                out.append(y * gates.pop(0))
         return torch.cat(out, dim=1)
 
 

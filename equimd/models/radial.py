@@ -15,7 +15,9 @@ def safe_norm(vectors: Tensor) -> Tensor:
 
 
 class BesselBasis(nn.Module):
-    """√(2/r_c) sin(nπr/r_c)/r for n = 1..n_basis (Gasteiger et al. 2020, eq. 7), normalised to unit mean square."""
+    """√(2/r_c) sin(nπr/r_c)/r for n = 1..n_basis (Gasteiger et al. 2020, eq. 7)."""
+
+    frequencies: Tensor
 
     def __init__(self, cutoff: float, n_basis: int) -> None:
         super().__init__()

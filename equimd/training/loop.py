@@ -101,7 +101,7 @@ class _Training:
         self.parameters = [p for p in setup.potential.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(setup.potential, recipe.optimizer)
         self.average = WeightAverage(setup.potential, setup.average, recipe.ema.decay)
-        self.modules = {"weights": setup.potential, "average": setup.average}
+        self.modules: dict[str, torch.nn.Module] = {"weights": setup.potential, "average": setup.average}
         self.progress = read_state(folder, setup.identity, self.modules, self.optimizers) or Progress()
         self.metrics = MetricsFile(folder, self.progress.rows)
         self.n_edges = setup.train.n_edges.cpu().numpy()
@@ -159,7 +159,7 @@ class _Training:
             optimizer.step()
         p.step += 1
         self.average.update(p.step)
-        p.sums = [s + float(term) for s, term in zip(p.sums, loss, strict=True)]
+        p.sums = [s + float(term.detach()) for s, term in zip(p.sums, loss, strict=True)]
         p.n_sums += 1
         p.frames_seen += len(frames) * copies
         self.train_seconds += time.monotonic() - begin

@@ -74,7 +74,7 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Move the average towards the weights after ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.source, 1.0 - decay)
+        torch._foreach_lerp_(self.average, self.source, 1.0 - decay)  # pyright: ignore
 
 
 def gradient_norm(parameters: list[nn.Parameter], limit: float | None) -> Tensor:

@@ -27,76 +27,76 @@ class DataSection(Section):
     train: str
     valid: str
     test: str | None = None
-    n_train: int | None = Field(None, ge=1, description="take this many training frames, drawn with the seed")
+    n_train: int | None = Field(default=None, ge=1, description="take this many training frames, drawn with the seed")
     isolated_atom_energies: dict[str, float] | str = Field(
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name"
     )
-    units: dict[str, str] | None = Field(None, description="energy, length, stress units of the files")
-    keys: dict[str, str] | None = Field(None, description="names of energy, forces, stress in the files")
-    reference: str | None = Field(None, description="level of theory of the labels")
+    units: dict[str, str] | None = Field(default=None, description="energy, length, stress units of the files")
+    keys: dict[str, str] | None = Field(default=None, description="names of energy, forces, stress in the files")
+    reference: str | None = Field(default=None, description="level of theory of the labels")
     charge: int = 0
-    multiplicity: int = Field(1, ge=1)
+    multiplicity: int = Field(default=1, ge=1)
 
 
 class LossWeights(Section):
     """Weights of the mean squared (or Huber) errors in eV/atom, eV/Å and eV/Å³."""
 
-    energy: float = Field(1.0, ge=0)
-    forces: float = Field(1.0, ge=0)
-    stress: float = Field(0.0, ge=0)
+    energy: float = Field(default=1.0, ge=0)
+    forces: float = Field(default=1.0, ge=0)
+    stress: float = Field(default=0.0, ge=0)
 
 
 class LastWeights(LossWeights):
     """Weights for the last part of a training."""
 
-    fraction: float = Field(0.2, gt=0, lt=1, description="the part of the training that is the last one")
+    fraction: float = Field(default=0.2, gt=0, lt=1, description="the part of the training that is the last one")
 
 
 class LossSection(LossWeights):
     """The loss; see loss.py."""
 
     kind: Literal["mse", "huber"] = "mse"
-    huber_delta: float = Field(0.01, gt=0, description="in the units of the error")
+    huber_delta: float = Field(default=0.01, gt=0, description="in the units of the error")
     last: LastWeights | None = None
 
 
 class AugmentationSection(Section):
     """Random rotations of training frames."""
 
-    rotate: bool | Literal["auto"] = Field("auto", description="auto: on for the transformer")
-    inversion: bool = Field(True, description="improper rotations as well: O(3) instead of SO(3)")
-    copies: int = Field(1, ge=1, description="differently rotated copies of a frame in its batch")
+    rotate: bool | Literal["auto"] = Field(default="auto", description="auto: on for the transformer")
+    inversion: bool = Field(default=True, description="improper rotations as well: O(3) instead of SO(3)")
+    copies: int = Field(default=1, ge=1, description="differently rotated copies of a frame in its batch")
 
 
 class OptimizerSection(Section):
     """The optimiser."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(2e-3, gt=0)
-    muon_lr: float | None = Field(None, gt=0, description="for matrices under Muon; None takes lr")
+    lr: float = Field(default=2e-3, gt=0)
+    muon_lr: float | None = Field(default=None, gt=0, description="for matrices under Muon; None takes lr")
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float | None = Field(10.0, gt=0, description="largest norm of the gradient")
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float | None = Field(default=10.0, gt=0, description="largest norm of the gradient")
 
 
 class ScheduleSection(Section):
     """Linear warm-up, then a cosine from lr down to final · lr."""
 
-    warmup_steps: int = Field(100, ge=0)
-    final: float = Field(0.01, ge=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0)
+    final: float = Field(default=0.01, ge=0, le=1)
 
 
 class EMASection(Section):
     """Exponential moving average of the weights; it is what is validated and saved."""
 
-    decay: float = Field(0.999, ge=0, lt=1)
+    decay: float = Field(default=0.999, ge=0, lt=1)
 
 
 class BatchSection(Section):
     """Size of a batch: by frames, by edges, or both."""
 
-    n_frames: int | None = Field(None, ge=1)
-    max_edges: int | None = Field(None, ge=1)
+    n_frames: int | None = Field(default=None, ge=1)
+    max_edges: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one(self) -> "BatchSection":
@@ -108,11 +108,13 @@ class BatchSection(Section):
 class ValidationSection(Section):
     """When and how the average of the weights is validated."""
 
-    every: int = Field(1, ge=1, description="epochs between validations")
+    every: int = Field(default=1, ge=1, description="epochs between validations")
     metric: Literal["force_mae", "force_rmse", "energy_mae", "energy_rmse"] = "force_mae"
-    symmetry_frames: int = Field(16, ge=0, description="frames for L_mean and L_equiv; 0 leaves them out")
-    n_rotations: int = Field(8, ge=2, description="random rotations of each, the same at every validation")
-    degree: int | None = Field(None, ge=1, description="a quadrature of this degree instead of random rotations")
+    symmetry_frames: int = Field(default=16, ge=0, description="frames for L_mean and L_equiv; 0 leaves them out")
+    n_rotations: int = Field(default=8, ge=2, description="random rotations of each, the same at every validation")
+    degree: int | None = Field(
+        default=None, ge=1, description="a quadrature of this degree instead of random rotations"
+    )
     inversion: bool = True
 
 
@@ -125,15 +127,15 @@ class EarlyStoppingSection(Section):
 class CheckpointSection(Section):
     """How often the state for a resume is written; at the end it always is."""
 
-    minutes: float | None = Field(2.0, gt=0)
-    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(default=2.0, gt=0)
+    steps: int | None = Field(default=None, ge=1)
 
 
 class Recipe(Section):
     """A training; see the classes of its sections."""
 
     name: str = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: ModelSettings
     data: DataSection
     loss: LossSection = LossSection()
@@ -142,8 +144,8 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     ema: EMASection = EMASection()
     batch: BatchSection = BatchSection(n_frames=16)
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     max_minutes: float | None = Field(
         None, gt=0, description="budget: the schedule ends when it is spent (then no two runs are equal bit for bit)"
     )
@@ -152,7 +154,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
-    n_threads: int | None = Field(None, ge=1, description="None leaves torch's setting")
+    n_threads: int | None = Field(default=None, ge=1, description="None leaves torch's setting")
 
     _folder: Path = PrivateAttr(default_factory=Path)
 

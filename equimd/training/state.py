@@ -43,7 +43,11 @@ class Progress(BaseModel):
 
 
 def write_state(
-    folder: Path, progress: Progress, identity: dict[str, Any], modules: dict[str, nn.Module], optimizers: list[Optimizer]
+    folder: Path,
+    progress: Progress,
+    identity: dict[str, Any],
+    modules: dict[str, nn.Module],
+    optimizers: list[Optimizer],
 ) -> None:
     """Write everything to ``state.safetensors``; ``identity`` is what must be the same at a resume."""
     tensors = {
