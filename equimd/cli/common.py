@@ -1,81 +1,153 @@
-"""What commands share: options, JSON output, a progress bar, reading structures."""
+"""What several commands share: options, progress bars, and where results go."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equimd.errors import InputError
 
 if TYPE_CHECKING:
-    from ase import Atoms
-
+    from equimd.calculators.ase import EquimdCalculator
+    from equimd.frames import Frames
     from equimd.results import Result
 
-JsonOption = Annotated[str | None, typer.Option("--json", help="write the result as JSON; - is standard output")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-DtypeOption = Annotated[str, typer.Option(help="float32 or float64")]
-SymmetrizeOption = Annotated[str | None, typer.Option(help="average, random or canonical")]
-TopologyOption = Annotated[Path | None, typer.Option(help="structure that names the atoms of a DCD, XTC or TRR file")]
+PotentialName = Annotated[str, typer.Argument(metavar="POTENTIAL", help="A name (see equimd info) or a path.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
+Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
+Symmetrize = Annotated[str | None, typer.Option(help="average, random or canonical: restore symmetry at inference.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
+Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
+Topology = Annotated[Path | None, typer.Option(help="A file with the elements, for DCD, XTC and TRR.")]
+Units = Annotated[
+    list[str] | None, typer.Option("--unit", metavar="WHAT=UNIT", help="energy=kcal/mol, length=nm, stress=GPa, ….")
+]
+Keys = Annotated[
+    list[str] | None, typer.Option("--key", metavar="LABEL=NAME", help="Name of a label in the file: forces=F, ….")
+]
 
-Say = Callable[[str], None]
+
+def make_calculator(
+    potential: str, device: str = "auto", dtype: str = "float32", symmetrize: str | None = None
+) -> "EquimdCalculator":
+    """The potential as a calculator, checked as it is loaded."""
+    from equimd.calculators.ase import EquimdCalculator
+
+    return EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)
 
 
-def deliver(result: "Result", json: str | None, text: str) -> None:
-    """Print ``text``, or the JSON alone where it goes to standard output; write the JSON to a file where asked."""
-    if json == "-":
-        print(result.to_json())
+def open_frames(
+    path: Path, topology: Path | None, units: list[str] | None, keys: list[str] | None, stride: int = 1
+) -> "Frames":
+    """Frames of a file with what the command line says of its units and keys."""
+    from equimd.frames import LabelKeys, UnitSpec, read_frames
+
+    spec = UnitSpec(**_pairs("--unit", units, ("energy", "length", "stress"))) if units else None
+    names = LabelKeys(**_pairs("--key", keys, ("energy", "forces", "stress", "virial"))) if keys else None
+    return read_frames(path, topology=topology, units=spec, keys=names, stride=stride)
+
+
+def _pairs(option: str, texts: list[str] | None, accepted: tuple[str, ...]) -> dict[str, Any]:
+    pairs = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or key not in accepted:
+            raise InputError(f"{option} is {text!r}; accepted are {', '.join(f'{key}=...' for key in accepted)}")
+        pairs[key] = value
+    return pairs
+
+
+def first_frame(path: Path) -> Any:
+    """The first structure of a file."""
+    return next(iter(open_frames(path, None, None, None)))
+
+
+def check_json(target: str | None) -> None:
+    """Refuse, before the work starts, a place where the result could not be written after it."""
+    if target is None or target == "-":
         return
-    if json is not None:
-        result.write(json)
-    print(text)
+    path = Path(target)
+    if path.is_dir():
+        raise InputError(f"--json is {target}, a folder; accepted is a file or - for standard output")
+    if not path.parent.is_dir():
+        raise InputError(f"--json is {target}, but there is no folder {path.parent}; accepted is an existing one")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--json is {target}, which may not be written; accepted is a writable file")
 
 
-def check_output(path: Path | None, flag: str) -> None:
-    """Refuse an output file whose folder does not exist, before any work is done."""
-    if path is not None and not path.parent.exists():
-        raise InputError(f"{flag} is {path}, but the folder {path.parent} does not exist; make it first")
+def emit(result: "Result", target: str | None, show: Callable[[], Any]) -> None:
+    """Write JSON where asked; show the result for humans unless standard output is taken."""
+    if target == "-":
+        sys.stdout.write(result.to_json() + "\n")
+        return
+    if target is not None:
+        path = Path(target)
+        if path.exists() and not path.is_file():  # a device or a pipe, which must not be replaced
+            path.write_text(result.to_json() + "\n", encoding="utf-8")
+        else:
+            result.write(path)
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(show())
 
 
-def check_json(json: str | None) -> None:
-    """The same for --json."""
-    check_output(None if json in (None, "-") else Path(json or ""), "--json")
+def grid(title: str, rows: list[tuple[str, str, str]]) -> Any:
+    """A small table of label, value and unit."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left", title_style="bold")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
-def read_structure(path: str | Path) -> "Atoms":
-    """The last frame of a file, or the ``start.xyz`` of a potential's folder or name."""
-    from equimd.frames import read_list
-    from equimd.models.checkpoint import list_potentials
-
-    if str(path) in list_potentials():
-        return start_of(str(path))
-    return read_list(path)[-1]
+def number(value: float | None, factor: float = 1.0) -> str:
+    """A number with four significant digits; a dash for none."""
+    return "–" if value is None or value != value else f"{factor * value:.4g}"
 
 
-def start_of(potential: str) -> "Atoms":
-    """The structure that a potential ships with."""
-    from equimd.frames import read_list
-    from equimd.models.checkpoint import find_potential
+class Stages:
+    """A progress bar on stderr, silent where that is no terminal."""
 
-    folder = find_potential(potential)
-    start = folder / "start.xyz" if folder.is_dir() else folder.parent / "start.xyz"
-    if not start.exists():
-        raise InputError(f"{potential} ships no start.xyz; give a structure")
-    return read_list(start)[-1]
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._task, self._name = bar, None, ""
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` of the stage ``name`` is done."""
+        if name != self._name:
+            self._name, self._task = name, self._bar.add_task(name, total=total)
+        self._bar.update(self._task, completed=done, total=total)
+        if done >= total > 1:
+            self._bar.stop_task(self._task)
+
+    def named(self, name: str) -> Callable[[int, int], None]:
+        """The callback of one stage."""
+        return lambda done, total: self(name, done, total)
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, silent where that is no terminal; called with (done, total)."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
+def progress() -> Iterator[Stages]:
+    """A bar for each stage of long work, with the time left."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield Stages(bar)

@@ -1,4 +1,4 @@
-"""``equimd equivariance``: force-equivariance error along a trajectory."""
+"""``equimd equivariance``: how far from equivariant the forces are, along a trajectory."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,64 +6,74 @@ from typing import Annotated
 import typer
 
 from equimd.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    SymmetrizeOption,
-    TopologyOption,
+    Device,
+    Dtype,
+    Json,
+    PotentialName,
+    Seed,
+    Stride,
+    Symmetrize,
+    Topology,
     check_json,
-    deliver,
-    progress_bar,
+    emit,
+    grid,
+    make_calculator,
+    number,
+    open_frames,
+    progress,
 )
 
 
-def command(
-    potential: Annotated[str, typer.Argument(help="name or path of a potential")],
-    trajectory: Annotated[Path, typer.Argument(help="extxyz, H5MD, ASE traj, DCD, XTC, TRR, …")],
-    reference: Annotated[
-        str | None, typer.Option(help="gfn1-xtb or gfn2-xtb; labels of the frames unless given")
+def equivariance(
+    potential: PotentialName,
+    trajectory: Annotated[Path, typer.Argument(metavar="TRAJECTORY", help="Frames in any format that is read.")],
+    degree: Annotated[int, typer.Option(help="Degree to which the quadrature over rotations is exact.")] = 4,
+    inversion: Annotated[bool, typer.Option(help="Measure over O(3) instead of SO(3).")] = True,
+    n_rotations: Annotated[
+        int | None, typer.Option("--random", help="Use this many random rotations instead of the quadrature.")
     ] = None,
-    degree: Annotated[int, typer.Option(help="highest l that the quadrature integrates exactly")] = 4,
-    rotations: Annotated[int | None, typer.Option(help="this many random rotations instead of a quadrature")] = None,
-    inversion: Annotated[bool, typer.Option(help="O(3) instead of SO(3)")] = True,
-    stride: Annotated[int, typer.Option(min=1, help="every so many frames")] = 1,
-    seed: int = 0,
-    topology: TopologyOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    symmetrize: SymmetrizeOption = None,
-    json: JsonOption = None,
+    seed: Seed = 0,
+    reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb for the loss.")] = None,
+    stride: Stride = 1,
+    topology: Topology = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    symmetrize: Symmetrize = None,
+    json: Json = None,
 ) -> None:
-    """How far forces are from equivariant, with error bars, noise floor and share of the loss."""
-    from equimd.analysis.equivariance import equivariance_error
-    from equimd.calculators.ase import EquimdCalculator
-    from equimd.frames import read_list
-
+    """Force-equivariance error along a trajectory, its noise floor, and its share of the loss."""
     check_json(json)
-    frames = read_list(trajectory, topology=topology, stride=stride)
-    calculator = EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)
-    with progress_bar("rotating") as progress:
+    frames = list(open_frames(trajectory, topology, None, None, stride))
+    calculator = make_calculator(potential, device, dtype, symmetrize)
+    from equimd.analysis.equivariance import equivariance_error
+
+    with progress() as bar:
         result = equivariance_error(
-            calculator,
-            frames,
-            degree,
-            inversion,
-            n_rotations=rotations,
-            seed=seed,
-            reference=reference,
-            progress=progress,
+            calculator, frames, degree, inversion, n_rotations, seed, reference, progress=bar.named("frames")
         )
-    force = result.force
-    lines = [
-        f"{calculator.name} on {result.n_frames} frames, {result.group.n_rotations} rotations ({result.group.kind})",
-        f"force-equivariance error {1e3 * force.rmse_equiv:.4g} ± {1e3 * force.stderr:.2g} meV/Å"
-        f" ({force.relative:.3g} of the RMS force){', at the numerical floor' if force.at_floor else ''}",
-        f"95th percentile {1e3 * force.p95:.4g} meV/Å; worst frame {force.worst_frame.index}; worst atom "
-        f"{force.worst_atom.element}{force.worst_atom.index} of frame {force.worst_atom.frame}",
-    ]
-    if result.loss is not None:
-        lines.append(
-            f"share of the loss {result.loss.percent_of_loss:.3g} % (L_mean {1e6 * result.loss.l_mean:.4g}, "
-            f"L_equiv {1e6 * result.loss.l_equiv:.4g} (meV/Å)²)"
-        )
-    deliver(result, json, "\n".join(lines))
+
+    def show():  # noqa: ANN202
+        from equimd.report.verdict import judge
+
+        force, loss = result.force, result.loss
+        rows = [
+            ("Equivariance error of forces", number(force.rmse_equiv, 1e3), f"± {number(force.stderr, 1e3)} meV/Å"),
+            ("  relative to the RMS force", number(force.relative), ""),
+            ("  95th percentile of frames", number(force.p95, 1e3), "meV/Å"),
+            ("  rounding floor", number(force.floor, 1e3), "meV/Å"),
+            ("Spread of the energy", number(result.energy.std_per_atom, 1e3), "meV/atom"),
+        ]
+        if loss is not None:
+            rows += [
+                ("Share of the loss", number(loss.percent_of_loss), f"± {number(loss.stderr)} %"),
+                (
+                    "  error that rotations cannot explain",
+                    number(loss.l_mean**0.5 if loss.l_mean > 0 else 0, 1e3),
+                    "meV/Å",
+                ),
+            ]
+        rows.append(("Verdict", judge(result).text, ""))
+        title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"
+        return grid(title, rows)
+
+    emit(result, json, show)

@@ -1,4 +1,4 @@
-"""``equimd evaluate``: errors on labelled frames."""
+"""``equimd evaluate``: errors against labelled frames."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,47 +6,59 @@ from typing import Annotated
 import typer
 
 from equimd.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    SymmetrizeOption,
+    Device,
+    Dtype,
+    Json,
+    Keys,
+    PotentialName,
+    Stride,
+    Symmetrize,
+    Topology,
+    Units,
     check_json,
-    deliver,
-    progress_bar,
+    emit,
+    grid,
+    make_calculator,
+    number,
+    open_frames,
+    progress,
 )
 
 
-def command(
-    potential: Annotated[str, typer.Argument(help="name or path of a potential")],
-    dataset: Annotated[Path, typer.Argument(help="frames with energy, forces and perhaps stress")],
-    energy_unit: Annotated[
-        str | None, typer.Option(help="unit of energies in the file, eV unless it says otherwise")
-    ] = None,
-    length_unit: Annotated[
-        str | None, typer.Option(help="unit of lengths in the file, Å unless it says otherwise")
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    symmetrize: SymmetrizeOption = None,
-    json: JsonOption = None,
+def evaluate(
+    potential: PotentialName,
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled frames: extxyz, npz, db, H5MD, ….")],
+    stride: Stride = 1,
+    reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb instead.")] = None,
+    topology: Topology = None,
+    unit: Units = None,
+    key: Keys = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    symmetrize: Symmetrize = None,
+    json: Json = None,
 ) -> None:
-    """Mean absolute and root-mean-square errors of energy, forces and stress."""
-    from equimd.analysis.accuracy import evaluate_accuracy
-    from equimd.calculators.ase import EquimdCalculator
-    from equimd.frames import UnitSpec, read_list
-
+    """Errors of energies, forces and stress against the labels of a data set."""
     check_json(json)
-    given = {key: value for key, value in (("energy", energy_unit), ("length", length_unit)) if value is not None}
-    frames = read_list(dataset, units=UnitSpec(**given) if given else None)
-    calculator = EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)
-    with progress_bar("evaluating") as progress:
-        result = evaluate_accuracy(calculator, frames, progress=progress)
-    lines = [f"{result.name} on {result.n_frames} frames of {dataset}"]
-    for label, errors, unit in (
-        ("energy per atom", result.energy_per_atom, "meV"),
-        ("force", result.force, "meV/Å"),
-        ("stress", result.stress, "meV/Å³"),
-    ):
-        if errors is not None:
-            lines.append(f"{label:>16}: MAE {1e3 * errors.mae:.4g}, RMSE {1e3 * errors.rmse:.4g} {unit}")
-    deliver(result, json, "\n".join(lines))
+    frames = list(open_frames(dataset, topology, unit, key, stride))
+    calculator = make_calculator(potential, device, dtype, symmetrize)
+    from equimd.analysis.accuracy import evaluate_accuracy
+
+    with progress() as bar:
+        result = evaluate_accuracy(calculator, frames, reference, progress=bar.named("frames"))
+
+    def show():  # noqa: ANN202
+        blocks = (
+            ("Force", result.force, 1e3, "meV/Å"),
+            ("Energy per atom", result.energy_per_atom, 1e3, "meV"),
+            ("Energy", result.energy, 1e3, "meV"),
+            ("Stress", result.stress, 1e3, "meV/Å³"),
+        )
+        rows = []
+        for name, errors, factor, its_unit in blocks:
+            if errors is not None:
+                rows += [(f"{name}, MAE", number(errors.mae, factor), its_unit)]
+                rows += [(f"{name}, RMSE", number(errors.rmse, factor), its_unit)]
+        return grid(f"{result.name} on {result.n_frames} frames of {dataset}", rows)
+
+    emit(result, json, show)

@@ -1,28 +1,31 @@
 """``equimd info``: versions, devices, potentials."""
 
-import json as json_module
-from typing import Annotated
-
-import typer
+from equimd.cli.common import Json, check_json, emit, grid
 
 
-def command(
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Versions, devices and the potentials that can be named."""
-    import torch
+def info(json: Json = None) -> None:
+    """Versions, devices, and the potentials that are ready to run."""
+    check_json(json)
+    from equimd.report.inventory import inventory
 
-    from equimd.models.checkpoint import find_potential, list_potentials
-    from equimd.results import provenance
+    result = inventory()
 
-    machine = provenance(n_threads=torch.get_num_threads())
-    devices = ["cpu"] + [f"cuda:{k} {torch.cuda.get_device_name(k)}" for k in range(torch.cuda.device_count())]
-    potentials = {name: str(find_potential(name)) for name in list_potentials()}
-    if json:
-        print(json_module.dumps({**machine.model_dump(), "devices": devices, "potentials": potentials}, indent=2))
-        return
-    print(f"{machine.processor}, {machine.n_threads} threads, Python {machine.python}")
-    print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    print(f"devices: {', '.join(devices)}")
-    for name, folder in potentials.items():
-        print(f"  {name:<32} {folder}")
+    def show():  # noqa: ANN202
+        from rich.console import Group
+
+        p = result.provenance
+        about = [("python", p.python, ""), *((name, version, "") for name, version in p.versions.items())]
+        about += [("processor", p.processor, f"{p.n_threads} threads"), ("devices", ", ".join(result.devices), "")]
+        known = [(q.name, *_card(q.card)) for q in result.potentials]
+        return Group(grid("equimd", about), grid("Potentials", known or [("none installed", "", "")]))
+
+    emit(result, json, show)
+
+
+def _card(card: dict | None) -> tuple[str, str]:
+    if not card:
+        return "", "no card"
+    test = card.get("test") or {}
+    force = test.get("force_mae")
+    error = "" if force is None else f"{1e3 * force:.1f} meV/Å"
+    return error, f"{card.get('reference', '')}, {' '.join(map(str, card.get('elements', [])))}"

@@ -1,45 +1,57 @@
-"""``equimd throughput``: how fast a potential is."""
+"""``equimd throughput``: how fast a potential is on a structure."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from equimd.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    SymmetrizeOption,
+    Device,
+    Dtype,
+    Json,
+    PotentialName,
+    Symmetrize,
     check_json,
-    deliver,
-    progress_bar,
-    read_structure,
-    start_of,
+    emit,
+    first_frame,
+    grid,
+    make_calculator,
+    number,
+    progress,
 )
 
 
-def command(
-    potential: Annotated[str, typer.Argument(help="name or path of a potential")],
-    structure: Annotated[str | None, typer.Argument(help="a structure; the potential's own unless given")] = None,
-    timestep_fs: Annotated[float, typer.Option(min=1e-3, help="time step that ns/day are counted with")] = 0.5,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    symmetrize: SymmetrizeOption = None,
-    json: JsonOption = None,
+def throughput(
+    potential: PotentialName,
+    structure: Annotated[Path, typer.Argument(metavar="STRUCTURE", help="The first structure of this file.")],
+    timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
+    block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    symmetrize: Symmetrize = None,
+    json: Json = None,
 ) -> None:
-    """Milliseconds per evaluation and per MD step, ns per day, atom-steps per device-hour, memory."""
-    from equimd.analysis.throughput import measure_throughput
-    from equimd.calculators.ase import EquimdCalculator
-
+    """Time of an evaluation and of an MD step, ns per day, memory."""
     check_json(json)
-    calculator = EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)
-    atoms = start_of(potential) if structure is None else read_structure(structure)
-    with progress_bar("timing") as progress:
-        result = measure_throughput(calculator, atoms, timestep_fs, progress=progress)
-    deliver(
-        result,
-        json,
-        f"{result.name}, {result.n_atoms} atoms, {result.device}, {result.dtype}"
-        f"{' (unstable: the machine was busy)' if result.unstable else ''}\n"
-        f"{result.ms_per_step.median:.3g} ms per MD step, {result.ms_per_forward.median:.3g} ms per evaluation\n"
-        f"{result.ns_per_day:.4g} ns/day, {result.atom_steps_per_device_hour:.4g} atom-steps per device-hour",
-    )
+    atoms = first_frame(structure)
+    calculator = make_calculator(potential, device, dtype, symmetrize)
+    from equimd.analysis.throughput import TimingSettings, measure_throughput
+
+    settings = TimingSettings(block_seconds=block_seconds)
+    with progress() as bar:
+        result = measure_throughput(calculator, atoms, timestep, settings=settings, progress=bar.named("blocks"))
+
+    def show():  # noqa: ANN202
+        step, forward = result.ms_per_step, result.ms_per_forward
+        rows = [
+            ("MD step", number(step.median), f"ms, spread {100 * step.spread:.0f} %"),
+            ("Evaluation", number(forward.median), f"ms, spread {100 * forward.spread:.0f} %"),
+            ("Speed", number(result.ns_per_day), f"ns/day at {result.timestep_fs:g} fs"),
+            ("Per atom and step", number(result.us_per_atom_step), "µs"),
+            ("Peak memory", number(result.peak_memory_mib), "MiB"),
+        ]
+        if result.unstable:
+            rows.append(("Unstable", "spread above 20 %", "the machine was busy"))
+        return grid(f"{result.name}, {result.n_atoms} atoms, {result.device}, {result.dtype}", rows)
+
+    emit(result, json, show)

@@ -1,35 +1,42 @@
-"""``equimd train``: train a potential from a recipe."""
+"""``equimd train``: a potential from a recipe."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from equimd.cli.common import JsonOption, check_json, deliver
+from equimd.cli.common import Json, check_json, emit, grid, number
 
 
-def command(
-    recipe: Annotated[Path, typer.Argument(help="a recipe, YAML")],
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="folder of the run; runs/<name> unless given")
+        Path | None, typer.Option("-o", "--output", help="A new folder; by default runs/<name of the recipe>.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as optimizer.lr=1e-3")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
-    json: JsonOption = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=1e-3.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the folder.")] = False,
+    json: Json = None,
 ) -> None:
-    """Train a potential; validation reports errors, L_mean, L_equiv and their percentage."""
-    from equimd.training import train
-    from equimd.training.recipe import load_recipe
-
+    """Train a potential as a recipe says; a killed training continues with --resume."""
     check_json(json)
-    loaded = load_recipe(recipe, set_ or [])
+    from equimd.training import load_recipe
+    from equimd.training import train as run
+
+    loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / loaded.name
-    result = train(loaded, folder, resume=resume)
-    errors = result.test or result.valid
-    lines = [f"{result.name}: {result.stopped} after {result.steps} steps, {result.device_hours:.2f} device-hours"]
-    if errors.force_mae is not None:
-        lines.append(
-            f"force MAE {1e3 * errors.force_mae:.2f} meV/Å on the {'test' if result.test else 'validation'} set"
-        )
-    lines.append(f"the potential is {folder / 'model.safetensors'}")
-    deliver(result, json, "\n".join(lines))
+    result = run(loaded, folder, resume=resume, progress=json != "-")
+
+    def show():  # noqa: ANN202
+        test = result.test or result.valid
+        which = "test" if result.test else "validation"
+        rows = [
+            (f"Force error (MAE), {which}", number(test.force_mae, 1e3), "meV/Å"),
+            (f"Energy error (MAE), {which}", number(test.energy_mae, 1e3), "meV/atom"),
+            ("Steps", f"{result.steps:,}", ""),
+            ("Cost", number(result.device_hours), f"device-hours ({result.device})"),
+        ]
+        return grid(f"{result.name} → {folder}", rows)
+
+    emit(result, json, show)

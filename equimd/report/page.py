@@ -112,8 +112,8 @@ def _methods(result: CompareResult) -> str:
         f"Langevin dynamics at {s.temperature_K:g} K, friction {s.friction_per_fs:g} fs⁻¹, time step {s.timestep_fs:g} "
         f"fs, {s.steps:,} steps, seed {s.seed}; all potentials start from the same positions and velocities.",
         f"{first.equivariance.n_frames} evenly spaced frames of each run are labelled with "
-        f"{method(result.reference)}. Accuracy is measured on all {first.accuracy.n_frames} labelled frames of all runs, "
-        "so that every potential meets the same structures; equivariance on the frames of its own run.",
+        f"{method(result.reference)}. Accuracy is over all {first.accuracy.n_frames} labelled frames of all runs, "
+        "so that every potential meets the same structures, equivariance on the frames of its own run.",
         f"Equivariance error: forces of {group.n_rotations} rotated copies of each frame ({kind} on {space}), rotated "
         "back; their spread about the mean. The mean squared error splits exactly into the error of that mean and "
         "this spread: the share of the loss.",

@@ -1,0 +1,5 @@
+"""``python -m equimd``."""
+
+from equimd.cli import main
+
+main()

@@ -1,0 +1,86 @@
+"""``equimd compare``: the main job."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equimd.cli.common import Device, Dtype, Json, Seed, check_json, emit, progress
+
+
+def compare(
+    potentials: Annotated[
+        list[str] | None, typer.Argument(metavar="[POTENTIAL]...", help="Names or paths; by default the ethanol pair.")
+    ] = None,
+    structure: Annotated[
+        Path | None, typer.Option(help="Where the runs start; by default the first one's own.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="MD steps with each potential.")] = 2000,
+    timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="Temperature in K.")] = 300.0,
+    frames: Annotated[int, typer.Option(help="Frames of each run that are labelled and measured.")] = 50,
+    reference: Annotated[
+        str | None, typer.Option(help="gfn1-xtb or gfn2-xtb; by default what the potentials were trained on.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for report and results.")] = Path(
+        "equimd-compare"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier comparison in the folder.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Run MD with each potential, label its frames, and measure errors, symmetry, drift and speed."""
+    from pydantic import ValidationError
+
+    from equimd.errors import InputError
+    from equimd.report.comparison import CompareSettings
+
+    check_json(json)
+    try:
+        settings = CompareSettings.model_validate(
+            {
+                "steps": steps,
+                "timestep_fs": timestep,
+                "temperature_K": temperature,
+                "frames": min(frames, steps),
+                "nve_steps": max(10, min(steps, 2000)),
+                "reference": reference,
+                "seed": seed,
+                "device": device,
+                "dtype": dtype,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+    from equimd.compare import DEFAULT_PAIR
+    from equimd.compare import compare as run
+
+    with progress() as bar:
+        result = run(
+            potentials or DEFAULT_PAIR,
+            structure,
+            settings=settings,
+            output=output,
+            overwrite=overwrite,
+            processes=os.cpu_count() or 1,
+            progress=bar,
+        )
+    emit(result, json, lambda: _summary(result, output))
+
+
+def _summary(result, output: Path):  # noqa: ANN001, ANN202
+    from rich.console import Group
+    from rich.text import Text
+
+    from equimd.report import REPORT_FILE, RESULTS_FILE
+    from equimd.report.table import rich_table
+
+    words = [Text(f"• {line}") for line in result.verdict]
+    where = f"\n{output / REPORT_FILE}\n{output / RESULTS_FILE}   ({result.wall_seconds:.0f} s)"
+    return Group(rich_table(result), *words, Text(where, style="dim"))
