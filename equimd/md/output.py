@@ -1,0 +1,96 @@
+"""Trajectory files that a kill at any moment leaves readable, and that can be cut back to a checkpoint."""
+
+import io
+import os
+from pathlib import Path
+from typing import Protocol
+
+import ase.io
+from ase import Atoms
+
+from equimd.errors import InputError
+from equimd.frames import H5MDWriter
+
+
+class Output(Protocol):
+    """A trajectory being written; frames are safe once ``flush`` returns."""
+
+    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
+        """Add a frame that carries its results."""
+        ...
+
+    def flush(self) -> int:
+        """Write what has gathered; a mark that ``truncate`` understands."""
+        ...
+
+    def truncate(self, mark: int) -> None:
+        """Forget what came after the mark."""
+        ...
+
+
+class H5MDOutput:
+    """An H5MD file; the mark is the number of frames."""
+
+    def __init__(self, path: Path, append: bool) -> None:
+        self.writer = H5MDWriter(path, append=append)
+
+    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
+        """Add a frame."""
+        self.writer.append(atoms, step=step, time_fs=time_fs)
+
+    def flush(self) -> int:
+        """Append the gathered frames in one transaction."""
+        self.writer.flush()
+        return self.writer.n_frames
+
+    def truncate(self, mark: int) -> None:
+        """Keep the first ``mark`` frames."""
+        self.writer.truncate(mark)
+
+
+class ExtxyzOutput:
+    """An extxyz file with momenta, forces, energy and stress; the mark is its size in bytes."""
+
+    def __init__(self, path: Path, append: bool) -> None:
+        self.path = path
+        self.pending = io.StringIO()
+        if not append:
+            path.touch(exist_ok=False)
+
+    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
+        """Add a frame; step and time_fs go into its comment line."""
+        frame = atoms.copy()
+        frame.calc = atoms.calc
+        frame.info = {**frame.info, "step": step, "time_fs": time_fs}
+        ase.io.write(self.pending, frame, format="extxyz")
+
+    def flush(self) -> int:
+        """Append and fsync."""
+        with open(self.path, "ab") as file:
+            file.write(self.pending.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+            self.pending = io.StringIO()
+            return file.tell()
+
+    def truncate(self, mark: int) -> None:
+        """Keep the first ``mark`` bytes."""
+        os.truncate(self.path, mark)
+
+
+OUTPUTS = {".h5": H5MDOutput, ".h5md": H5MDOutput, ".xyz": ExtxyzOutput, ".extxyz": ExtxyzOutput}
+
+
+def open_output(path: Path, append: bool) -> Output:
+    """The output for a path's suffix.
+
+    Raises:
+        InputError: for another suffix, a folder that does not exist, or a file that exists (without ``append``).
+    """
+    if path.suffix.lower() not in OUTPUTS:
+        raise InputError(f"output is {path}; accepted suffixes are {', '.join(OUTPUTS)}")
+    if not path.parent.is_dir():
+        raise InputError(f"output is {path}, but the folder {path.parent} does not exist")
+    if not append and path.exists():
+        raise InputError(f"output {path} exists; give another name, or resume the run that wrote it")
+    return OUTPUTS[path.suffix.lower()](path, append)
