@@ -1,0 +1,249 @@
+"""EquimdCalculator: a potential as an ASE calculator and as a ForceField."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from equimd.calculators.electrons import check_electrons
+from equimd.calculators.forcefield import Evaluation, process_peak_memory
+from equimd.errors import InputError
+
+if TYPE_CHECKING:
+    from equimd.calculators.evaluator import Outcome, Structure
+    from equimd.models.potential import Potential
+
+INFO_KEYS = ("charge", "spin", "multiplicity")
+"""What is read of ``atoms.info``: total charge in e; spin multiplicity 2S + 1 under either other name."""
+
+
+class EquimdCalculator(Calculator):
+    """Energy, forces and stress of a potential in ASE's conventions, and in batches.
+
+    Energies are Python floats in eV and contain the isolated atoms; ``energies`` sum to the energy. ``stress`` is
+    Voigt xx yy zz yz xz xy in eV/Å³, tension positive; the raw 3×3, whose antisymmetric part shows the torque of a
+    potential that is not invariant, is kept as ``stress_tensor``. Results are kept until positions, cell, pbc, numbers,
+    initial charges or magnetic moments, or one of ``INFO_KEYS`` change. Nothing global is touched.
+
+    Args:
+        potential: A name such as "ethanol-equivariant", a path, or a Potential (of which a copy is made).
+        device: "auto" is a GPU where there is one; else "cpu", "cuda", "cuda:1", ….
+        dtype: Precision of the network, "float32" or "float64".
+        symmetrize: None, "average", "random", "canonical", or the settings of a ``SymmetrizedPotential`` as a mapping.
+        skin: Width in Å of the Verlet skin.
+        self_check: Check gradient, neighbours and symmetry once, now; takes less than a second.
+
+    Raises:
+        InputError: here for a potential, device, dtype or option that does not exist; in a calculation for an unknown
+            element, positions that are not finite, no atoms, two atoms at one place, a charged or open-shell system.
+        SelfCheckError: the potential contradicts itself, for instance forces that are not the gradient of the energy.
+    """
+
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        potential: "Potential | str | Path",
+        device: str = "auto",
+        dtype: str = "float32",
+        symmetrize: str | Mapping[str, Any] | None = None,
+        skin: float = 0.5,
+        self_check: bool = True,
+    ) -> None:
+        super().__init__()
+        from equimd.calculators.loading import resolve
+
+        base, self._name, self.header = resolve(potential, device, dtype)
+        if self_check:
+            from equimd.models.selfcheck import self_check as check
+
+            check(base).raise_if_failed()
+        self._base, self._symmetrize, self._skin = base, symmetrize, skin
+        self._use(base)
+
+    def _use(self, base: "Potential") -> None:
+        """Compute with ``base`` from now on, wrapped as asked for."""
+        from equimd.calculators.evaluator import Evaluator
+        from equimd.calculators.loading import symmetrized
+
+        self.potential = symmetrized(base, self._symmetrize)
+        self.family: str = base.family
+        self.device = str(base.device)
+        self.dtype = str(base.dtype).removeprefix("torch.")
+        self._evaluator = Evaluator(self.potential, self._skin)
+        self._forget()
+
+    def _get_name(self) -> str:
+        return self._name
+
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:
+        """What ASE's writers store of a calculator."""
+        return {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
+
+    # --- ASE ---------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self.atoms = None
+        self.results = {}
+        self.stress_tensor: np.ndarray | None = None
+        self._info: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget results and the neighbour list."""
+        self._forget()
+        self._evaluator.reset()
+
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """What changed since the last calculation, compared exactly; "info" stands for the keys that are read."""
+        old = self.atoms
+        if old is None:
+            return list(all_changes)
+        changes = [
+            name
+            for name, a, b in (
+                ("positions", old.positions, atoms.positions),
+                ("numbers", old.numbers, atoms.numbers),
+                ("cell", old.cell.array, atoms.cell.array),
+                ("pbc", old.pbc, atoms.pbc),
+            )
+            if not np.array_equal(a, b)
+        ]
+        changes += [
+            name
+            for name in ("initial_charges", "initial_magmoms")
+            if (name in old.arrays) != (name in atoms.arrays)
+            or (name in old.arrays and not np.array_equal(old.arrays[name], atoms.arrays[name]))
+        ]
+        if self._info != _read_info(atoms):
+            changes.append("info")
+        return changes
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """One of ``implemented_properties``, computed if need be; arrays are copies."""
+        if name not in self.implemented_properties:
+            raise PropertyNotImplementedError(f"{name} property not implemented")
+        if atoms is None:
+            atoms = self.atoms
+        elif self.check_state(atoms):
+            self._forget()
+        if name not in self.results:
+            if not allow_calculation:
+                return None
+            if atoms is None:
+                raise InputError("no atoms given yet; pass atoms or set atoms.calc first")
+            self.calculate(atoms, [name])
+        result = self.results[name]
+        return result.copy() if isinstance(result, np.ndarray) else result
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Compute energy and forces; stress where it is asked for, or costs next to nothing."""
+        atoms = self.atoms if atoms is None else atoms
+        if atoms is None:
+            raise InputError("no atoms given yet; pass atoms or set atoms.calc first")
+        self._forget()
+        info = _read_info(atoms)
+        _check_electrons(atoms, info, self.header)
+        structure = _structure(atoms)
+        if "stress" in properties and not structure.has_stress:
+            raise PropertyNotImplementedError("stress needs a periodic structure with three lattice vectors")
+        # From the gradient that gives the forces, the stress is one small sum; a direct-force model has to do more.
+        conservative = not getattr(self.potential, "direct_forces", False)
+        stress = "stress" in properties or (conservative and structure.has_stress)
+        outcome = self._evaluator.evaluate(structure, stress)
+        self.atoms, self._info = atoms.copy(), info
+        self._store(outcome)
+
+    def _store(self, outcome: "Outcome") -> None:
+        self.results = {
+            "energy": outcome.energy,
+            "free_energy": outcome.energy,
+            "energies": outcome.energies,
+            "forces": outcome.forces,
+        }
+        if outcome.stress is not None:
+            self.stress_tensor = outcome.stress
+            self.results["stress"] = full_3x3_to_voigt_6_stress(outcome.stress)
+
+    # --- ForceField --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, frames: Sequence[Atoms], max_edges: int | None = None) -> Evaluation:
+        """Energies (eV), forces (eV/Å) and stresses (raw 3×3, eV/Å³, None where nothing is periodic) of many frames.
+
+        The frames are evaluated in batches of at most ``max_edges`` directed edges; they are not changed, and the
+        cached results of single calculations stay.
+        """
+        return _evaluation(self._evaluator.evaluate_many([self._checked(f) for f in frames], max_edges))
+
+    def evaluate_rotated(self, frame: Atoms, rotations: np.ndarray, max_edges: int | None = None) -> Evaluation:
+        """Predictions for K rotated copies of one frame in the rotated frame; rotations (K, 3, 3), improper or not.
+
+        Positions and cell are rotated in float64; the one neighbour list serves all copies.
+        """
+        rotations = np.asarray(rotations, dtype=np.float64)
+        if rotations.ndim != 3 or rotations.shape[1:] != (3, 3):
+            raise InputError(f"rotations have shape {rotations.shape}; (K, 3, 3) is accepted")
+        return _evaluation(self._evaluator.evaluate_rotated(self._checked(frame), rotations, max_edges))
+
+    def with_dtype(self, dtype: str) -> "EquimdCalculator":
+        """The same weights in another precision, as another calculator."""
+        from equimd.calculators.loading import torch_dtype
+
+        other = copy.copy(self)
+        other._use(copy.deepcopy(self._base).to(torch_dtype(dtype)))
+        return other
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self._base.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._base.device)
+
+    def peak_memory(self) -> float:
+        """Peak memory in MiB: of torch's allocator on a GPU, resident memory of the process on a CPU."""
+        if self._base.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self._base.device) / 2**20
+        return process_peak_memory()
+
+    def _checked(self, atoms: Atoms) -> "Structure":
+        _check_electrons(atoms, _read_info(atoms), self.header)
+        return _structure(atoms)
+
+
+def _structure(atoms: Atoms) -> "Structure":
+    from equimd.calculators.evaluator import Structure
+
+    return Structure(atoms.positions, atoms.numbers, atoms.cell.array, atoms.pbc)
+
+
+def _evaluation(outcomes: "list[Outcome]") -> Evaluation:
+    return Evaluation(
+        np.array([o.energy for o in outcomes]), [o.forces for o in outcomes], [o.stress for o in outcomes]
+    )
+
+
+def _read_info(atoms: Atoms) -> dict[str, Any]:
+    return {key: atoms.info[key] for key in INFO_KEYS if key in atoms.info}
+
+
+def _check_electrons(atoms: Atoms, info: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Charge and spin from ``atoms.info``; from initial charges and magnetic moments where it says nothing."""
+    electrons = dict(info)
+    if "charge" not in electrons and "initial_charges" in atoms.arrays:
+        electrons["charge"] = atoms.arrays["initial_charges"].sum()
+    if not {"spin", "multiplicity"} & electrons.keys() and "initial_magmoms" in atoms.arrays:
+        # A vector per atom where moments are not collinear.
+        electrons["multiplicity"] = 1.0 + np.linalg.norm(np.atleast_1d(atoms.arrays["initial_magmoms"].sum(axis=0)))
+    check_electrons(header, **electrons)
