@@ -27,7 +27,9 @@ class PotentialSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cutoff: float = Field(default=5.0, gt=0.5, le=20.0, description="radial cutoff in Å")
-    zbl: bool = Field(default=True, description="add the Ziegler-Biersack-Littmark repulsion below the sum of covalent radii")
+    zbl: bool = Field(
+        default=True, description="add the Ziegler-Biersack-Littmark repulsion below the sum of covalent radii"
+    )
 
 
 class Prediction(NamedTuple):

@@ -4,15 +4,15 @@ Every atom i attends over its own environment: one token x_i0 for the atom and o
 After each such transformer the edge tokens pass messages between neighbouring atoms, as in the Point Edge Transformer
 (Pozdnyakov & Ceriotti 2023, arXiv:2305.19302): token ij of the next layer receives the output of token ji.
 
-    x_ij = W_0 · φ(r_ij) + a[Z_i] + b[Z_j],   x_i0 = c[Z_i]                                 (embedding)
+    x_ij = W_0 · φ(r_ij) + b[Z_i, Z_j],   x_i0 = a[Z_i]                                      (embedding)
     x   ← x + Attention(norm x; f_c),   x ← x + SwiGLU(norm x)                               (n_attention_layers times)
     E_i += h_c · norm x_i0 + Σ_j f_c(r_ij) h_e · norm x_ij                                   (readout, every GNN layer)
     x_ij ← x_ij + W_m · norm x_ji                                                            (message)
 
 Attention weights are α_ab = f_b exp(q_a·k_b/√D) / Σ_c f_c exp(q_a·k_c/√D), f the cutoff function of a neighbour's token
 and 1 for the atom's own: energy and forces are continuous when a neighbour enters or leaves, and an edge beyond the
-cutoff contributes nothing.
-Sums over tokens make the output invariant to permutations, edge vectors to translations; nothing to rotations.
+cutoff contributes nothing. φ is the Cartesian vector, its length and Bessel functions of the length. Sums over tokens
+make the output invariant to permutations, edge vectors to translations; nothing to rotations.
 
 The tokens of N atoms lie in a dense array (N, 1 + M, d), M the largest number of neighbours, so that almost all of the
 work is matrix products. Shapes in comments: N atoms, M neighbour slots, T = 1 + M tokens, H heads, d channels.
@@ -42,11 +42,17 @@ class TransformerSettings(PotentialSettings):
     d_model: int = Field(default=64, ge=4, le=4096, description="channels of a token")
     n_heads: int = Field(default=4, ge=1, le=64, description="attention heads; a divisor of d_model")
     n_gnn_layers: int = Field(default=2, ge=1, le=16, description="transformers per atom, with messages in between")
-    n_attention_layers: int = Field(default=2, ge=1, le=16, description="attention and SwiGLU blocks in each transformer")
+    n_attention_layers: int = Field(
+        default=2, ge=1, le=16, description="attention and SwiGLU blocks in each transformer"
+    )
     d_feedforward: int = Field(default=128, ge=1, le=16384, description="hidden channels of SwiGLU")
-    n_radial: int = Field(default=8, ge=1, le=64, description="Bessel functions of the distance among the edge features")
+    n_radial: int = Field(
+        default=8, ge=1, le=64, description="Bessel functions of the distance among the edge features"
+    )
     cutoff_width: float = Field(default=1.0, gt=0.0, description="width in Å of the smooth step down to the cutoff")
-    direct_forces: bool = Field(default=False, description="forces from a head of their own, not the gradient of the energy")
+    direct_forces: bool = Field(
+        default=False, description="forces from a head of their own, not the gradient of the energy"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerSettings":
