@@ -14,7 +14,6 @@ from ase.geometry import find_mic
 from equimd.analysis.inputs import checked_frames
 from equimd.analysis.statistics import Estimate, mean_estimate
 from equimd.errors import InputError
-from equimd.neighbors import neighbor_list
 from equimd.results import Block, Number
 from equimd.units import KB_EV_PER_K
 
@@ -29,6 +28,8 @@ class Distribution(Block):
 
 def bonds_of(frame: Atoms, scale: float = 1.2) -> np.ndarray:
     """Pairs (B, 2), i < j, closer than ``scale`` times the sum of their covalent radii."""
+    from equimd.neighbors import neighbor_list  # vesin loads torch where it is installed
+
     radii = covalent_radii[frame.numbers]
     cutoff = 2 * scale * float(radii.max())
     (i, j), shifts = neighbor_list(frame.positions, frame.cell.array, frame.pbc, cutoff)
@@ -69,6 +70,8 @@ def radial_distribution(
     frames: Iterable[Atoms], r_max: float = 6.0, n_bins: int = 120, pair: tuple[str, str] | None = None
 ) -> Distribution:
     """g(r) of fully periodic frames, of all atoms or of one pair of elements; r in Å, 1 for an ideal gas."""
+    from equimd.neighbors import neighbor_list  # vesin loads torch where it is installed
+
     listed = checked_frames(frames)
     edges = np.linspace(0.0, r_max, n_bins + 1)
     shells = 4 / 3 * np.pi * np.diff(edges**3)
