@@ -1,7 +1,7 @@
 """Labels of a frame: which names and units a file uses for energy, forces and stress, and how to ask for them.
 
-Inside equimd a labelled frame is an `ase.Atoms` with a `SinglePointCalculator` that holds energy (eV), forces (eV/Å) and
-stress (eV/Å³, ASE's sign: tension is positive). This module is the only one that knows other names, units and signs.
+Inside equimd a labelled frame is an `ase.Atoms` with a `SinglePointCalculator` that holds energy (eV), forces (eV/Å)
+and stress (eV/Å³, ASE's sign: tension is positive). Only this module knows other names, units and signs.
 """
 
 from collections.abc import Iterable
@@ -103,7 +103,8 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
     """
     if units_.length_factor != 1.0:
         atoms.positions *= units_.length_factor
-        atoms.cell[:] = atoms.cell.array * units_.length_factor
+        atoms.set_cell(atoms.cell.array * units_.length_factor)
+    _move_results(atoms, keys)
     results = collect_labels(atoms, units_, keys, where, remove=True)
     for name in _KEPT_PROPERTIES:
         for store in (atoms.info, atoms.arrays):
@@ -112,6 +113,22 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
+
+
+def _move_results(atoms: Atoms, keys: LabelKeys) -> None:
+    """Put what ASE moved into a calculator back into `info` and `arrays`, unless other names were asked for."""
+    held = getattr(atoms.calc, "results", {})
+    atoms.calc = None
+    for name, value in held.items():
+        wanted = name in ("energy", "stress") and getattr(keys, name) in (None, name)
+        if wanted or (name == "free_energy" and "energy" not in held and keys.energy in (None, name)):
+            atoms.info[name] = value
+        elif name == "forces" and keys.forces in (None, name):
+            atoms.arrays[name] = value
+        elif name in ("dipole", "magmom"):
+            atoms.info[name] = value
+        elif name in ("charges", "magmoms"):
+            atoms.arrays[name] = value
 
 
 def collect_labels(

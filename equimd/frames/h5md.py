@@ -1,0 +1,200 @@
+"""H5MD 1.1 (de Buyl, Colberg, Höfling, Comput. Phys. Commun. 185, 1546 (2014); https://h5md.nongnu.org): the writer.
+
+`particles/all` holds position (Å), velocity (Å/fs), force (eV/Å), mass, species (atomic numbers) and box (3×3 edges,
+rows are lattice vectors); `observables` holds potential_energy, kinetic_energy (eV), temperature (K) and stress
+(eV/Å³, tension positive). Every value and time carries a `unit` attribute, as the `units` module asks.
+"""
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from ase import Atoms
+
+from equimd import units
+from equimd.errors import InputError
+from equimd.frames.labels import labels_of
+from equimd.frames.transaction import recover, transaction
+
+GROUP = "particles/all"
+_CHUNK_BYTES = 1 << 16
+
+
+class Element(NamedTuple):
+    """A time-dependent element of the file: its path, its unit and its shape per frame, -1 standing for N."""
+
+    path: str
+    unit: str
+    shape: tuple[int, ...]
+
+
+ELEMENTS = {
+    "position": Element(f"{GROUP}/position", "Angstrom", (-1, 3)),
+    "velocity": Element(f"{GROUP}/velocity", "Angstrom fs-1", (-1, 3)),
+    "force": Element(f"{GROUP}/force", "eV Angstrom-1", (-1, 3)),
+    "edges": Element(f"{GROUP}/box/edges", "Angstrom", (3, 3)),
+    "potential_energy": Element("observables/potential_energy", "eV", ()),
+    "kinetic_energy": Element("observables/kinetic_energy", "eV", ()),
+    "temperature": Element("observables/temperature", "K", ()),
+    "stress": Element("observables/stress", "eV Angstrom-3", (3, 3)),
+}
+
+
+_FIRST = ELEMENTS["position"].path
+_TIMES = (f"{_FIRST}/step", f"{_FIRST}/time")
+
+
+class H5MDWriter:
+    """Writes a trajectory of one system; readable and whole after a kill at any moment.
+
+    Frames gather in memory until `flush`, which opens the file, appends them in one transaction and closes it: what was
+    flushed is safe, what was not is lost. A flush cut short by a kill is finished by the next reader or writer of
+    equimd (see `equimd.frames.transaction`). Quantities that a frame lacks are stored as NaN.
+    """
+
+    def __init__(self, path: str | Path, *, append: bool = False, creator: str = "equimd"):
+        """Start a new file, or continue an existing one with `append`.
+
+        Raises:
+            InputError: if the file exists without `append`, or does not exist with it.
+        """
+        self.path = Path(path)
+        recover(self.path)
+        if self.path.exists() != append:
+            raise InputError(
+                f"{self.path} {'exists' if not append else 'does not exist'};"
+                f" accepted: {'a new file, or append=True' if not append else 'an existing file'}"
+            )
+        self._creator = creator
+        self._frames: list[tuple[int, float, dict[str, np.ndarray]]] = []
+        self._system: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.n_frames = 0
+        if append:
+            with h5py.File(self.path, "r") as file:
+                self.n_frames = _dataset(file, ELEMENTS["position"].path + "/value").shape[0]
+                boundary = [_text(name) == "periodic" for name in _group(file, GROUP + "/box").attrs["boundary"]]
+                species = _dataset(file, GROUP + "/species")[()]
+                self._system = (species, np.array(boundary), _dataset(file, GROUP + "/mass")[()])
+
+    def append(self, atoms: Atoms, *, step: int, time_fs: float, temperature_K: float | None = None) -> None:
+        """Add a frame: positions, momenta, cell, and the labels its calculator holds.
+
+        Raises:
+            InputError: if elements or periodicity differ from those of the first frame.
+        """
+        system = (atoms.numbers.copy(), np.array(atoms.pbc), atoms.get_masses())
+        if self._system is None:
+            self._system = system
+        elif not all(np.array_equal(new, old) for new, old in zip(system[:2], self._system[:2], strict=True)):
+            raise InputError(f"{self.path}: the frame at step {step} has other atoms or another pbc than the first")
+        labels = labels_of(atoms)
+        nan = float("nan")
+        values = {
+            "position": atoms.positions.copy(),
+            "velocity": atoms.get_velocities() / units.ASE_TIME_FS,
+            "force": labels["forces"],
+            "edges": atoms.cell.array.copy(),
+            "potential_energy": labels["energy"],
+            "kinetic_energy": atoms.get_kinetic_energy(),
+            "temperature": atoms.get_temperature() if temperature_K is None else temperature_K,
+            "stress": labels["stress"],
+        }
+        full = {name: np.array(nan if value is None else value, dtype=np.float64) for name, value in values.items()}
+        self._frames.append((step, time_fs, full))
+        self.n_frames += 1
+
+    def flush(self) -> None:
+        """Write the gathered frames to the file; it is closed and synced when this returns."""
+        if not self._frames or self._system is None:
+            return
+        with transaction(self.path) as overlay:
+            new = overlay.size == 0
+            with h5py.File(overlay, "w" if new else "r+", libver=("v110", "v110")) as file:
+                if new:
+                    self._create(file, *self._system)
+                self._extend(file)
+        self._frames.clear()
+
+    def truncate(self, n_frames: int) -> None:
+        """Keep the first `n_frames` frames of the file and forget what was not flushed.
+
+        Raises:
+            InputError: if the file holds fewer.
+        """
+        self._frames.clear()
+        with transaction(self.path) as overlay, h5py.File(overlay, "r+", libver=("v110", "v110")) as file:
+            held = _dataset(file, ELEMENTS["position"].path + "/value").shape[0]
+            if held < n_frames:
+                raise InputError(
+                    f"{self.path} holds {held} frames; accepted: {n_frames} or more, as its checkpoint says"
+                )
+            for path in _TIMES + tuple(f"{element.path}/value" for element in ELEMENTS.values()):
+                _dataset(file, path).resize(n_frames, axis=0)
+        self.n_frames = n_frames
+
+    def __enter__(self) -> "H5MDWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def _create(self, file: h5py.File, numbers: np.ndarray, pbc: np.ndarray, masses: np.ndarray) -> None:
+        file.create_group("h5md").attrs["version"] = np.array([1, 1])
+        file.create_group("h5md/author").attrs["name"] = "unknown"
+        creator = file.create_group("h5md/creator")
+        creator.attrs["name"], creator.attrs["version"] = self._creator, _version()
+        file.create_group("h5md/modules/units").attrs["version"] = np.array([1, 0])
+        box = file.create_group(f"{GROUP}/box")
+        box.attrs["dimension"] = 3
+        box.attrs["boundary"] = ["periodic" if periodic else "none" for periodic in pbc]
+        file[f"{GROUP}/species"] = numbers.astype(np.int32)
+        file[f"{GROUP}/mass"] = masses
+        file[f"{GROUP}/mass"].attrs["unit"] = "u"
+        for element in ELEMENTS.values():
+            shape = tuple(len(numbers) if n < 0 else n for n in element.shape)
+            chunk = max(1, _CHUNK_BYTES // (8 * int(np.prod(shape, dtype=int) or 1)))
+            group = file.create_group(element.path)
+            value = group.create_dataset(
+                "value", (0, *shape), np.float64, maxshape=(None, *shape), chunks=(chunk, *shape)
+            )
+            value.attrs["unit"] = element.unit
+            if element.path == _FIRST:
+                group.create_dataset("step", (0,), np.int64, maxshape=(None,), chunks=(512,))
+                group.create_dataset("time", (0,), np.float64, maxshape=(None,), chunks=(512,)).attrs["unit"] = "fs"
+            else:  # a hard link: all elements share one clock
+                group["step"], group["time"] = file[_TIMES[0]], file[_TIMES[1]]
+
+    def _extend(self, file: h5py.File) -> None:
+        steps, times, frames = zip(*self._frames, strict=True)
+        columns = {_TIMES[0]: np.array(steps), _TIMES[1]: np.array(times)}
+        for name, element in ELEMENTS.items():
+            shape = _dataset(file, element.path + "/value").shape[1:]
+            columns[element.path + "/value"] = np.stack([np.broadcast_to(frame[name], shape) for frame in frames])
+        for path, data in columns.items():
+            dataset = _dataset(file, path)
+            start = dataset.shape[0]
+            dataset.resize(start + len(data), axis=0)
+            dataset[start:] = data
+
+
+def _version() -> str:
+    try:
+        return metadata.version("equimd")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _dataset(file: h5py.Group, path: str) -> h5py.Dataset:
+    item: Any = file[path]
+    return item
+
+
+def _group(file: h5py.Group, path: str) -> h5py.Group:
+    item: Any = file[path]
+    return item
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
