@@ -73,7 +73,7 @@ class BrokenSingle(ToyPotential):
     """Broken on purpose: in float32 only, as a compiled kernel might be."""
 
     def pair(self, vectors: Tensor) -> Tensor:
-        return super().pair(vectors) * (1.1 if vectors.dtype == torch.float32 else 1.0)
+        return super().pair(vectors) * (1.1 if self.dtype == torch.float32 else 1.0)
 
 
 class OrderDependent(ToyPotential):

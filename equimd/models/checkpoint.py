@@ -99,9 +99,6 @@ def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[s
             start = file.read(8)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    for magic, what in _FOREIGN.items():
-        if start.startswith(magic):
-            raise InputError(f"{path} is {what}; accepted is a safetensors file written by equimd")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -110,6 +107,10 @@ def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[s
             header = json.loads(metadata["header"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
+        # Only now: the length that a sound file begins with may look like any of these.
+        for magic, what in _FOREIGN.items():
+            if start.startswith(magic):
+                raise InputError(f"{path} is {what}; accepted is a safetensors file written by equimd") from error
         raise InputError(f"{path} is truncated or no safetensors file ({error})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path} has a header that is not JSON ({error})") from error

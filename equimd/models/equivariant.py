@@ -199,9 +199,9 @@ class EquivariantPotential(Potential):
         topology = derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
         distances = safe_norm(vectors)
         cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
-        basis = self.bessel(distances) * cutoff.unsqueeze(-1)
+        basis = (self.bessel(distances) * cutoff.unsqueeze(-1)).to(self.dtype)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
-        sh = sh * self.message_scale  # 1/√n̄, applied where it is cheapest
+        sh = (sh * self.message_scale).to(self.dtype)  # 1/√n̄ is applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
         for layer in self.layers:
             x = layer(x, sh, basis, topology)

@@ -33,9 +33,11 @@ class BesselBasis(nn.Module):
 def polynomial_cutoff(distances: Tensor, cutoff: float | Tensor, p: int = 6) -> Tensor:
     """Smooth step (E,) from 1 at r = 0 to 0 at r = cutoff, flat there (Gasteiger et al. 2020, eq. 8)."""
     u = (distances / cutoff).clamp(max=1.0)
-    a, b, c = (p + 1) * (p + 2) / 2, p * (p + 2), p * (p + 1) / 2
-    up = u**p
-    return 1.0 - a * up + b * up * u - c * up * u * u
+    # 1 − (p+1)(p+2)/2 uᵖ + p(p+2) uᵖ⁺¹ − p(p+1)/2 uᵖ⁺², factored so that nothing cancels near the cutoff.
+    series = torch.full_like(u, p * (p + 1) / 2)
+    for k in range(p - 1, 0, -1):
+        series = series * u + k * (k + 1) / 2
+    return (1.0 - u) ** 3 * series
 
 
 def cosine_cutoff(distances: Tensor, cutoff: float, width: float) -> Tensor:

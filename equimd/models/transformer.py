@@ -218,8 +218,8 @@ class TransformerPotential(Potential):
             nowhere = vectors.new_tensor([[self.cutoff, 0.0, 0.0]])  # an empty slot holds an edge of weight zero
             vectors = torch.cat([vectors, nowhere]).index_select(0, layout.edge)
         r = safe_norm(vectors)  # (N·M,)
-        features = torch.cat([vectors, r.unsqueeze(1), self.radial(r)], dim=1)
+        features = torch.cat([vectors, r.unsqueeze(1), self.radial(r)], dim=1).to(self.dtype)
         pair = kind.repeat_interleave(m) * len(self.species) + kind[layout.neighbour]
         edges = self.edge_embedding(features) + self.pair_embedding(pair)
         tokens = torch.cat([self.species_embedding(kind).unsqueeze(1), edges.view(n, m, edges.shape[1])], dim=1)
-        return tokens, cosine_cutoff(r, self.cutoff, self.cutoff_width).view(n, m)
+        return tokens, cosine_cutoff(r, self.cutoff, self.cutoff_width).to(self.dtype).view(n, m)
