@@ -1,6 +1,9 @@
 """The equivariant convolution, one operation closed under differentiation."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -32,9 +35,22 @@ __all__ = [
     "make_plan",
     "make_topology",
     "standard_irreps",
+    "using",
 ]
 
 Backend = Literal["auto", "reference", "numba"]
+
+_chosen: ContextVar[Backend] = ContextVar("_chosen", default="auto")
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Within this block, in this thread, "auto" means ``backend``; for checks of one backend against another."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def convolve(
@@ -87,6 +103,7 @@ def convolve(
 
 def _choose(backend: Backend, x: Tensor) -> str:
     """The backend that will run: "reference" or "numba"."""
+    backend = _chosen.get() if backend == "auto" else backend
     if backend == "reference":
         return backend
     if backend not in ("auto", "numba"):

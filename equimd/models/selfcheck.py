@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equimd import neighbors
+from equimd import kernels, neighbors
 from equimd.graph import AtomGraph, batch_graphs, edge_vectors, make_graph
 from equimd.models.elements import COVALENT_RADII
 from equimd.models.potential import Potential, Prediction
@@ -56,14 +56,17 @@ class SelfCheckReport:
 def self_check(potential: Potential) -> SelfCheckReport:
     """Check the potential, as it is loaded, on a small periodic structure of its own species.
 
-    The weights are not touched: everything but the precision guard runs on a float64 copy. A potential with direct
-    forces is not asked for a gradient; only family "equivariant" is asked for rotational symmetry.
+    The weights are not touched: everything runs on a float64 copy and the reference kernels, and the precision guard
+    compares the potential as it is, with the kernels it uses, to that. A potential with direct forces is not asked for
+    a gradient; only family "equivariant" is asked for rotational symmetry.
     """
     structure = _small_structure(potential.species, potential.cutoff)
     deviations: dict[str, float] = {}
     messages = _check_neighbors(structure, potential.cutoff)
     double = copy.deepcopy(potential).to(torch.float64).eval().requires_grad_(False)
-    predictions = _Variants(structure, potential.family == "equivariant").evaluate(double)
+    with kernels.using("reference"):
+        predictions = _Variants(structure, potential.family == "equivariant").evaluate(double)
+        gradient, stress = _finite_differences(double, structure, predictions["base"])
     with torch.no_grad():
         own = potential(_on(potential, structure.graph(potential.cutoff)), stress=True)
     base = predictions["base"]
@@ -78,9 +81,8 @@ def self_check(potential: Potential) -> SelfCheckReport:
         "precision",
         _largest(own.forces.to(base.forces) - base.forces) / scale,
         _PRECISION,
-        f"forces in {str(potential.dtype).removeprefix('torch.')} are not those in float64",
+        f"forces in {str(potential.dtype).removeprefix('torch.')} are not those of the reference in float64",
     )
-    gradient, stress = _finite_differences(double, structure, base)
     if not potential.direct_forces:
         guard("gradient", gradient / scale, _GRADIENT, "forces are not the gradient of the energy")
     guard("stress", stress, _GRADIENT, "stress is not the strain derivative of the energy")

@@ -93,6 +93,25 @@ def test_chirality_is_caught_by_the_reflection_alone():
     assert [m for m in report.messages if "reflection" in m] == list(report.messages) != []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_broken_kernel_is_caught(monkeypatch, dtype):
+    """A backend that is wrong in one product, in either precision, against the reference."""
+    from equimd.kernels import numba_cpu
+
+    right = numba_cpu.convolve_numba
+
+    def wrong(x, sh, radial, plan, topology):
+        out = right(x, sh, radial, plan, topology)
+        return torch.cat([out[:, :-1], -out[:, -1:]], dim=1)
+
+    potential = EquivariantPotential(EquivariantSettings(n_channels=8, avg_num_neighbors=20.0), (1, 8), toys.ISOLATED)
+    potential = potential.to(dtype)
+    assert self_check(potential).ok
+    monkeypatch.setattr(numba_cpu, "convolve_numba", wrong)
+    report = self_check(potential)
+    assert [m for m in report.messages if "not those of the reference" in m] == list(report.messages) != []
+
+
 def test_nan_weights_fail():
     potential = toys.ToyPotential()
     potential.scale.fill_(float("nan"))
