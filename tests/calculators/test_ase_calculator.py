@@ -414,6 +414,41 @@ def test_with_dtype_is_another_calculator_with_the_same_weights():
         single.with_dtype("half")
 
 
+# --- symmetrised -----------------------------------------------------------------------------------------------------
+
+
+def equivariance_error(calc, frame):
+    rotations = random_rotations(4, seed=9).rotations
+    back = rotate_back_vectors(np.array(calc.evaluate_rotated(frame, rotations).forces), rotations)
+    return np.abs(back - back.mean(axis=0)).max()
+
+
+def test_symmetrised_calculators():
+    frame = ethanol()
+    plain = equivariance_error(calculator(), frame)
+    averaged = equivariance_error(calculator(symmetrize={"mode": "average", "degree": 7}), frame)
+    assert averaged < 0.02 * plain
+    assert equivariance_error(calculator(symmetrize="canonical"), frame) < 1e-8 * plain
+    random = calculator(symmetrize="random")
+    first = random.get_forces(frame)
+    np.testing.assert_array_equal(random.get_forces(frame), first)  # the cache holds
+    random.reset()
+    assert np.abs(random.get_forces(frame) - first).max() > 1e-3
+    assert random.family == "transformer"
+
+
+def test_symmetrised_calculator_keeps_its_mode_in_another_precision():
+    single = calculator(symmetrize="canonical", dtype="float32")
+    double = single.with_dtype("float64")
+    np.testing.assert_allclose(single.get_forces(ethanol()), double.get_forces(ethanol()), atol=1e-4)
+    assert equivariance_error(double, ethanol()) < 1e-8
+
+
+def test_unknown_symmetrisation_is_refused():
+    with pytest.raises(InputError, match="symmetrize is 'sometimes'"):
+        calculator(symmetrize="sometimes")
+
+
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
