@@ -30,8 +30,9 @@ class ToyPotential(Potential):
 
     def network(self, graph, vectors: Tensor) -> Tensor:
         i, j = graph.edge_index
-        z = graph.atomic_numbers.to(vectors.dtype)
-        density = vectors.new_zeros(graph.n_atoms).index_add(0, i, self.pair(vectors) * (1.0 + z[i] * z[j] / 50.0))
+        z = graph.atomic_numbers.to(self.dtype)
+        terms = self.pair(vectors).to(self.dtype) * (1.0 + z[i] * z[j] / 50.0)
+        density = terms.new_zeros(graph.n_atoms).index_add(0, i, terms)
         return -torch.sqrt(density.square() + 1.0)
 
 
@@ -42,8 +43,8 @@ class DirectForces(ToyPotential):
 
     def network_with_forces(self, graph, vectors: Tensor) -> tuple[Tensor, Tensor]:
         i = graph.edge_index[0]
-        pull = self.pair(vectors).unsqueeze(1) * vectors
-        return self.network(graph, vectors), vectors.new_zeros(graph.n_atoms, 3).index_add(0, i, pull)
+        pull = (self.pair(vectors).unsqueeze(1) * vectors).to(self.dtype)
+        return self.network(graph, vectors), pull.new_zeros(graph.n_atoms, 3).index_add(0, i, pull)
 
 
 class WrongForces(ToyPotential):
@@ -80,7 +81,7 @@ class OrderDependent(ToyPotential):
     """Broken on purpose: the first atom of a structure weighs more."""
 
     def network(self, graph, vectors: Tensor) -> Tensor:
-        first = torch.ones(graph.n_atoms, dtype=vectors.dtype)
+        first = torch.ones(graph.n_atoms, dtype=self.dtype)
         first[torch.searchsorted(graph.batch, torch.arange(graph.n_systems))] = 2.0
         return super().network(graph, vectors) * first
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from equimd.results import Result
 
 PotentialName = Annotated[str, typer.Argument(metavar="POTENTIAL", help="A name (see equimd info) or a path.")]
+StructureName = Annotated[
+    str,
+    typer.Argument(metavar="STRUCTURE", help="A file, of which the first structure is taken, or a potential's name."),
+]
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")
 ]
@@ -64,8 +68,14 @@ def _pairs(option: str, texts: list[str] | None, accepted: tuple[str, ...]) -> d
     return pairs
 
 
-def first_frame(path: Path) -> Any:
-    """The first structure of a file."""
+def read_structure(name: str) -> Any:
+    """The first structure of a file, or the ``start.xyz`` of a potential that has this name."""
+    path = Path(name)
+    if not path.exists():
+        from equimd.models.checkpoint import find_potential, list_potentials
+
+        if name in list_potentials():
+            path = find_potential(name) / "start.xyz"
     return next(iter(open_frames(path, None, None, None)))
 
 

@@ -1,4 +1,4 @@
-"""``equimd md``: run molecular dynamics."""
+"""``equimd md``: molecular dynamics with a potential."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,64 +6,74 @@ from typing import Annotated
 import typer
 
 from equimd.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    SymmetrizeOption,
+    Device,
+    Dtype,
+    Json,
+    PotentialName,
+    Seed,
+    StructureName,
+    Symmetrize,
     check_json,
-    deliver,
-    progress_bar,
+    emit,
+    grid,
+    make_calculator,
+    number,
+    progress,
     read_structure,
 )
 
 
-def command(
-    potential: Annotated[str, typer.Argument(help="name or path of a potential")],
-    structure: Annotated[str, typer.Argument(help="a structure, or the name of a potential for its start.xyz")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="trajectory: .h5, .h5md, .xyz or .extxyz")],
-    ensemble: Annotated[str, typer.Option(help="nve, nvt or npt")] = "nvt",
-    steps: Annotated[int, typer.Option(help="time steps in all")] = 1000,
-    timestep_fs: float = 0.5,
-    temperature_k: Annotated[float, typer.Option("--temperature", help="K")] = 300.0,
-    friction_per_fs: float = 0.01,
-    pressure_bar: float = 1.0,
-    stride: Annotated[int, typer.Option(help="steps between stored frames")] = 10,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
-    seed: int = 0,
-    engine: Annotated[str, typer.Option(help="ase")] = "ase",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run that wrote the output")] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    symmetrize: SymmetrizeOption = None,
-    json: JsonOption = None,
-) -> int:
-    """Run MD; stops with a readable trajectory when the dynamics explodes (exit code 1)."""
-    from equimd.calculators.ase import EquimdCalculator
+def md(
+    potential: PotentialName,
+    structure: StructureName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Trajectory: .h5 (H5MD) or .xyz.")],
+    engine: Annotated[str, typer.Option(help="ase.")] = "ase",
+    ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
+    steps: Annotated[int, typer.Option(help="Number of steps in all.")] = 2000,
+    timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="Temperature in K, also of the first velocities.")] = 300.0,
+    pressure: Annotated[float, typer.Option(help="Pressure in bar, for npt.")] = 1.0,
+    friction: Annotated[float, typer.Option(help="Friction of the thermostat in 1/fs.")] = 0.01,
+    stride: Annotated[int, typer.Option(help="Write every n-th step.")] = 20,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the output.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    symmetrize: Symmetrize = None,
+    json: Json = None,
+) -> None:
+    """Run molecular dynamics; a killed run continues with --resume."""
+    check_json(json)
     from equimd.md import run_md
     from equimd.md.settings import make_settings
 
-    check_json(json)
     settings = make_settings(
+        engine=engine,
         ensemble=ensemble,
         steps=steps,
-        timestep_fs=timestep_fs,
-        temperature_K=temperature_k,
-        friction_per_fs=friction_per_fs,
-        pressure_bar=pressure_bar,
+        timestep_fs=timestep,
+        temperature_K=temperature,
+        pressure_bar=pressure,
+        friction_per_fs=friction,
         stride=stride,
         checkpoint_every=checkpoint_every,
         seed=seed,
-        engine=engine,
     )
     atoms = read_structure(structure)
-    calculator = EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)
-    with progress_bar(f"{ensemble} with {calculator.name}") as progress:
-        result = run_md(atoms, calculator, settings, output, resume=resume, progress=progress)
-    end = f"stopped: {result.stopped}" if result.stopped else "finished"
-    deliver(
-        result,
-        json,
-        f"{result.formula}, {result.steps} steps ({result.time_ps:g} ps), mean {result.mean_temperature_K:.0f} K, "
-        f"{result.wall_seconds:.1f} s: {end}\n{result.n_frames} frames in {result.trajectory}",
-    )
-    return 1 if result.stopped else 0
+    calculator = make_calculator(potential, device, dtype, symmetrize)
+    with progress() as bar:
+        result = run_md(atoms, calculator, settings, output, resume=resume, progress=bar.named("steps"))
+
+    def show():  # noqa: ANN202
+        rows = [
+            ("Steps", f"{result.steps:,}", f"{result.time_ps:g} ps"),
+            ("Frames", f"{result.n_frames:,}", ""),
+            ("Mean temperature", number(result.mean_temperature_K), "K"),
+            ("Wall time", number(result.wall_seconds), "s"),
+        ]
+        return grid(f"{result.formula} with {result.calculator} → {result.trajectory}", rows)
+
+    emit(result, json, show)
+    if result.stopped is not None:
+        raise RuntimeError(f"the run stopped, {result.stopped}; {result.trajectory} holds it up to there")

@@ -1,6 +1,5 @@
 """``equimd throughput``: how fast a potential is on a structure."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,20 +9,21 @@ from equimd.cli.common import (
     Dtype,
     Json,
     PotentialName,
+    StructureName,
     Symmetrize,
     check_json,
     emit,
-    first_frame,
     grid,
     make_calculator,
     number,
     progress,
+    read_structure,
 )
 
 
 def throughput(
     potential: PotentialName,
-    structure: Annotated[Path, typer.Argument(metavar="STRUCTURE", help="The first structure of this file.")],
+    structure: StructureName,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
     block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
     device: Device = "auto",
@@ -33,7 +33,7 @@ def throughput(
 ) -> None:
     """Time of an evaluation and of an MD step, ns per day, memory."""
     check_json(json)
-    atoms = first_frame(structure)
+    atoms = read_structure(structure)
     calculator = make_calculator(potential, device, dtype, symmetrize)
     from equimd.analysis.throughput import TimingSettings, measure_throughput
 
