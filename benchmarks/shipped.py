@@ -1,0 +1,221 @@
+"""What the shipped potentials hold: long dynamics, symmetry along it, and agreement between engines.
+
+    python benchmarks/shipped.py [--work FOLDER] [--only PART]
+
+Parts: relabel, nve, langevin, symmetry, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the command
+may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 45 minutes on one core.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from equimd import EquimdCalculator, equivariance_error
+from equimd.analysis.conservation import nve_drift
+from equimd.frames import labels_of, read_list
+from equimd.md import MDSettings, run_md
+from equimd.models.checkpoint import find_potential, list_potentials
+from equimd.references import label
+from equimd.results import provenance, write_text_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "shipped.json"
+ETHANOL = ("ethanol-equivariant", "ethanol-transformer")
+NVE_STEPS, LANGEVIN_STEPS, STRIDE = 100_000, 200_000, 50  # 50 ps at 0.5 fs; 200 ps at 1 fs
+EQUILIBRATION_STEPS = 10_000
+SYMMETRY_FRAMES = 40
+FINER_DEGREE = 7
+
+
+def start(name: str) -> Atoms:
+    """The structure a potential ships with."""
+    return read_list(find_potential(name) / "start.xyz")[0]
+
+
+def simulate(name: str, output: Path, atoms: Atoms, settings: MDSettings) -> list[Atoms]:
+    """Run or resume, and read the frames."""
+    resume = output.with_name(output.name + ".state.json").exists()
+    result = run_md(atoms, EquimdCalculator(name), settings, output, resume=resume)
+    print(f"{output.name}: {result.time_ps:g} ps, {result.mean_temperature_K:.0f} K, {result.stopped or 'finished'}")
+    return read_list(output)
+
+
+def nve(work: Path) -> dict[str, Any]:
+    """Energy drift of ethanol over 50 ps at 300 K, equilibrated for 5 ps before."""
+    block = {}
+    for name in ETHANOL:
+        warm = MDSettings(ensemble="nvt", steps=EQUILIBRATION_STEPS, stride=EQUILIBRATION_STEPS, seed=3)
+        begin = simulate(name, work / f"warm-{name}.h5", start(name), warm)[-1]
+        settings = MDSettings(ensemble="nve", steps=NVE_STEPS, stride=STRIDE, checkpoint_every=5000)
+        frames = simulate(name, work / f"nve-{name}.h5", begin, settings)
+        kinetic = np.array([frame.get_kinetic_energy() for frame in frames])
+        total = kinetic + [labels_of(frame)["energy"] for frame in frames]
+        times = np.arange(len(frames)) * STRIDE * settings.timestep_fs
+        drift = nve_drift(times, total, len(begin), kinetic)
+        block[name] = drift.model_dump() | {"mean_temperature_K": float(np.mean([f.get_temperature() for f in frames]))}
+    return block
+
+
+def langevin(work: Path) -> dict[str, Any]:
+    """Every bond along 200 ps of Langevin dynamics at 500 K: its largest deviation from its mean."""
+    name = ETHANOL[0]
+    settings = MDSettings(
+        steps=LANGEVIN_STEPS, timestep_fs=1.0, temperature_K=500.0, stride=STRIDE, checkpoint_every=5000, seed=5
+    )
+    frames = simulate(name, work / f"langevin-{name}.h5", start(name), settings)
+    distances = frames[0].get_all_distances()
+    symbols = np.array(frames[0].get_chemical_symbols())
+    heavy = (symbols != "H")[:, None] & (symbols != "H")[None]
+    i, j = np.nonzero(np.triu(np.where(heavy, distances < 1.8, distances < 1.25), k=1))
+    bonds = np.array([np.linalg.norm(f.positions[i] - f.positions[j], axis=1) for f in frames])
+    deviation = np.abs(bonds - bonds.mean(axis=0)).max(axis=0)
+    return {
+        "n_frames": len(frames),
+        "n_bonds": len(i),
+        "largest_deviation": float(deviation.max()),
+        "mean_temperature_K": float(np.mean([frame.get_temperature() for frame in frames])),
+    }
+
+
+def symmetry(work: Path) -> dict[str, Any]:
+    """Equivariance error along the first 10 ps of the NVE runs, in both precisions, and at a finer quadrature."""
+    block = {}
+    for name in ETHANOL:
+        along = read_list(work / f"nve-{name}.h5")[:: 400 // SYMMETRY_FRAMES][:SYMMETRY_FRAMES]
+        frames = label(along, "gfn2-xtb")
+        single = equivariance_error(EquimdCalculator(name), frames)
+        finer = equivariance_error(EquimdCalculator(name), frames, degree=FINER_DEGREE)
+        double = equivariance_error(EquimdCalculator(name, dtype="float64"), frames)
+        assert single.loss is not None
+        assert finer.loss is not None
+        block[name] = {
+            "n_frames": len(frames),
+            "relative_float32": single.force.relative,
+            "relative_float64": double.force.relative,
+            "rmse_equiv": single.force.rmse_equiv,
+            "stderr": single.force.stderr,
+            "percent_of_loss": single.loss.percent_of_loss,
+            "percent_of_loss_finer": finer.loss.percent_of_loss,
+            "degrees": [single.group.degree, finer.group.degree],
+        }
+    return block
+
+
+def relabel(work: Path) -> dict[str, Any]:
+    """Largest difference between stored and fresh labels on twenty test frames of each set."""
+    block = {}
+    for folder in sorted({name.rsplit("-", 1)[0] for name in list_potentials()}):
+        level = json.loads((ROOT / "data" / folder / "info.json").read_text(encoding="utf-8"))["reference"]
+        frames = read_list(ROOT / "data" / folder / "test.xyz.gz")
+        stored = frames[:: max(1, len(frames) // 20)][:20]
+        fresh = label(stored, level)
+        pairs = [(labels_of(a), labels_of(b)) for a, b in zip(stored, fresh, strict=True)]
+        block[folder] = {
+            "n_frames": len(stored),
+            "energy": max(abs(a["energy"] - b["energy"]) for a, b in pairs),
+            "force": max(float(np.abs(a["forces"] - b["forces"]).max()) for a, b in pairs),
+        }
+    return block
+
+
+def engines(work: Path) -> dict[str, Any]:
+    """Relative differences between ASE and OpenMM: forces, and energy relative to isolated atoms."""
+    import openmm
+    from openmm import app, unit
+    from openmmml import MLPotential
+
+    block = {}
+    for name in list_potentials():
+        atoms = start(name)
+        atoms.rattle(0.02, seed=1)
+        topology = app.Topology()
+        residue = topology.addResidue("X", topology.addChain())
+        for k, symbol in enumerate(atoms.get_chemical_symbols()):
+            topology.addAtom(f"{symbol}{k}", app.Element.getBySymbol(symbol), residue)
+        if atoms.pbc.any():
+            topology.setPeriodicBoxVectors(atoms.cell.array * unit.angstrom)
+        for precision, dtype in (("single", "float32"), ("double", "float64")):
+            system = MLPotential("equimd", modelPath=name).createSystem(topology, precision=precision)
+            context = openmm.Context(
+                system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+            )
+            context.setPositions(atoms.positions * unit.angstrom)
+            state = context.getState(energy=True, forces=True)
+            to_ev = 1.0 / (unit.AVOGADRO_CONSTANT_NA * unit.elementary_charge / unit.coulomb * unit.joule)
+            energy = float(state.getPotentialEnergy() * to_ev)
+            forces = np.asarray(state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.angstrom))
+            atoms.calc = EquimdCalculator(name, dtype=dtype)
+            per_ev = float(1 * unit.kilojoule_per_mole * to_ev)
+            table = atoms.calc.potential.isolated_atom_energies
+            isolated = sum(table[int(z)] for z in atoms.numbers)
+            own = atoms.get_forces()
+            block[f"{name} {dtype}"] = {
+                "force": float(np.linalg.norm(forces * per_ev - own) / np.linalg.norm(own)),
+                "energy": abs(energy - atoms.get_potential_energy()) / abs(atoms.get_potential_energy() - isolated),
+            }
+    return block
+
+
+def stress(work: Path) -> dict[str, Any]:
+    """Largest difference between stress and finite differences of the energy, water box, cubic and triclinic, eV/Å³."""
+    block = {}
+    for name in (n for n in list_potentials() if n.startswith("water")):
+        for shape in ("cubic", "triclinic"):
+            atoms = start(name)
+            if shape == "triclinic":
+                shear = np.array([[1.0, 0.0, 0.0], [0.12, 1.0, 0.0], [-0.08, 0.1, 1.0]])
+                atoms.set_cell(atoms.cell.array @ shear, scale_atoms=True)
+            atoms.calc = EquimdCalculator(name, dtype="float64")
+            atoms.get_stress()
+            analytic = atoms.calc.stress_tensor
+            numeric = np.array([[_strain_derivative(atoms, a, b) for b in range(3)] for a in range(3)])
+            scale = float(np.abs(numeric).max())
+            block[f"{name} {shape}"] = {"largest": float(np.abs(analytic - numeric).max()), "scale": scale}
+    return block
+
+
+def _strain_derivative(atoms: Atoms, a: int, b: int, step: float = 1e-5) -> float:
+    """V⁻¹ ∂E/∂ε_ab by central differences with r' = r (1 + ε)."""
+    energies = []
+    for sign in (1, -1):
+        strain = np.eye(3)
+        strain[a, b] += sign * step
+        copy = atoms.copy()
+        copy.set_cell(atoms.cell.array @ strain)
+        copy.positions = atoms.positions @ strain
+        copy.calc = atoms.calc
+        energies.append(copy.get_potential_energy())
+    return (energies[0] - energies[1]) / (2 * step * atoms.get_volume())
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "relabel": relabel,
+    "nve": nve,
+    "langevin": langevin,
+    "symmetry": symmetry,
+    "engines": engines,
+    "stress": stress,
+}
+
+
+def main() -> None:
+    """Measure the parts asked for and write what is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "shipped")
+    parser.add_argument("--only", choices=PARTS, action="append")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"schema_version": 1}
+    for name in options.only or PARTS:
+        results[name] = PARTS[name](options.work) | {"provenance": provenance().model_dump()}
+        print(name, json.dumps({k: v for k, v in results[name].items() if k != "provenance"}, indent=1))
+        write_text_atomically(RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
