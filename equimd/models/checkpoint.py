@@ -96,7 +96,7 @@ def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[s
     """Header and tensors of a file whose metadata says ``kind``; refuses anything else in one line."""
     try:
         with open(path, "rb") as file:
-            start = file.read(8)
+            start = file.read(9)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     try:

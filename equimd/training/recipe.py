@@ -272,10 +272,8 @@ def _field_names(model: Any, location: Iterable[int | str]) -> list[str]:
     candidates: list[Any] = [model]
     for part in location:
         inner = [_models(c.model_fields[part].annotation) for c in candidates if part in c.model_fields]
-        if inner:
-            candidates = inner[0]
-        else:  # the tag of a discriminated union
-            candidates = [c for c in candidates if _tag(c) == part] or candidates
+        tagged = [c for c in candidates if _tag(c) == part]  # the location names the tag of a discriminated union
+        candidates = inner[0] if inner else tagged or candidates
     return [name for c in candidates for name in c.model_fields]
 
 
