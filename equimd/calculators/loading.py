@@ -71,5 +71,5 @@ def symmetrized(potential: Potential, mode: str | Mapping[str, Any] | None) -> P
         return potential
     from equimd.models.symmetrized import SymmetrizedPotential
 
-    options = {"mode": mode} if isinstance(mode, str) else dict(getattr(mode, "model_dump", lambda: mode)())
+    options: dict[str, Any] = {"mode": mode} if isinstance(mode, str) else dict(mode)
     return SymmetrizedPotential(potential, **options)

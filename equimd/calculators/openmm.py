@@ -165,10 +165,10 @@ class EquimdForce:
 
     def __call__(self, state: State) -> tuple[float, np.ndarray]:
         """Energy and forces at the positions (and box vectors) of ``state``."""
-        positions = NM * state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        positions = _in_angstrom(state.getPositions(asNumpy=True))
         cell = np.zeros((3, 3))
         if self.periodic:
-            cell = NM * state.getPeriodicBoxVectors(asNumpy=True).value_in_unit(unit.nanometer)
+            cell = _in_angstrom(state.getPeriodicBoxVectors(asNumpy=True))
         last = self._last
         if last is None or not (np.array_equal(last[0], positions) and np.array_equal(last[1], cell)):
             energy, forces = self._compute(positions, cell)
@@ -212,6 +212,10 @@ def engine_frame(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     box[2] -= box[0] * np.round(box[2, 0] / box[0, 0])
     box[1] -= box[0] * np.round(box[1, 0] / box[0, 0])
     return np.tril(box), rotation
+
+
+def _in_angstrom(quantity: Any) -> np.ndarray:
+    return NM * np.asarray(quantity.value_in_unit(unit.nanometer))  # type: ignore[attr-defined]
 
 
 def _numbers(topology: Topology, indices: list[int] | None) -> np.ndarray:
