@@ -40,7 +40,7 @@ def check(positions, cell, pbc, cutoff):
     return edges, shifts
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng():
     return np.random.default_rng(0)
 
