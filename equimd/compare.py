@@ -27,7 +27,8 @@ from equimd.analysis.throughput import ThroughputResult, TimingSettings, measure
 from equimd.calculators.forcefield import as_force_field
 from equimd.errors import InputError
 from equimd.frames import check_structure, read_list, write_frames
-from equimd.md import MDSettings, run_md
+from equimd.md import run_md
+from equimd.md.settings import make_settings
 from equimd.references import METHODS, label
 from equimd.report import RESULTS_FILE, CompareResult, write_report
 from equimd.report.comparison import CompareSettings, EnergySeries, Parity, PotentialResult, Trajectory
@@ -40,6 +41,10 @@ Progress = Callable[[str, int, int], None]
 
 _NVE_SAMPLES = 500
 _PARITY_POINTS = 1500
+
+
+class SimulationError(RuntimeError):
+    """A potential's dynamics did not survive."""
 
 
 @dataclass
@@ -78,6 +83,7 @@ def compare(
 
     Raises:
         InputError: an unknown potential, a structure it cannot describe, no reference, an output folder in use.
+        SimulationError: the dynamics of a potential explodes; the trajectory up to there stays in ``output``.
     """
     begin = time.monotonic()
     settings = settings or CompareSettings()
@@ -226,18 +232,10 @@ class _Job:
         """Langevin dynamics; keeps evenly spaced frames, the start left out."""
         s = self.settings
         stride = max(1, s.steps // s.frames)
-        file = self.path(contestant, ".h5")
-        md = MDSettings(
-            ensemble="nvt",
-            steps=s.steps,
-            timestep_fs=s.timestep_fs,
-            temperature_K=s.temperature_K,
-            friction_per_fs=s.friction_per_fs,
-            seed=s.seed,
-            stride=stride,
-        )
-        run_md(self.atoms.copy(), contestant.calculator, md, file, progress=self._stage(f"{contestant.name}: dynamics"))
-        contestant.frames = read_list(file)[1:]
+        name = f"{contestant.name}: dynamics"
+        contestant.frames = self._run(
+            contestant, ".h5", name, self.atoms, ensemble="nvt", steps=s.steps, stride=stride
+        )[1:]
         contestant.times_fs = [(k + 1) * stride * s.timestep_fs for k in range(len(contestant.frames))]
         contestant.temperature_K = [frame.get_temperature() for frame in contestant.frames]
 
@@ -269,33 +267,42 @@ class _Job:
             calculator,
             self.atoms,
             s.timestep_fs,
-            settings=TimingSettings(block_seconds=s.timing_seconds, temperature_K=s.temperature_K),
+            settings=TimingSettings(
+                warmup_seconds=2 * s.timing_seconds, block_seconds=s.timing_seconds, temperature_K=s.temperature_K
+            ),
             progress=self._stage(f"{contestant.name}: speed"),
         )
         return _assemble(contestant, own, pooled, (accuracy, own_accuracy, equivariance, drift, energies, throughput))
 
     def _conservation(self, contestant: Contestant) -> tuple[DriftResult, EnergySeries]:
-        """A short NVE run from the start structure and its drift."""
+        """A short NVE run that goes on from the end of the Langevin run, and its drift."""
         s = self.settings
         stride = max(1, s.nve_steps // _NVE_SAMPLES)
-        file = self.path(contestant, "-nve.h5")
-        md = MDSettings(
-            ensemble="nve",
-            steps=s.nve_steps,
-            timestep_fs=s.timestep_fs,
-            temperature_K=s.temperature_K,
-            seed=s.seed,
-            stride=stride,
-        )
-        stage = self._stage(f"{contestant.name}: energy conservation")
-        run_md(self.atoms.copy(), contestant.calculator, md, file, progress=stage)
-        frames = read_list(file)
+        start = contestant.frames[-1].copy()  # equilibrated, with the velocities it has
+        name = f"{contestant.name}: energy conservation"
+        frames = self._run(contestant, "-nve.h5", name, start, ensemble="nve", steps=s.nve_steps, stride=stride)
         times = np.arange(len(frames)) * stride * s.timestep_fs
         kinetic = np.array([frame.get_kinetic_energy() for frame in frames])
         total = kinetic + [frame.get_potential_energy() for frame in frames]
         per_atom = 1e3 * (total - total[0]) / len(self.atoms)
         series = EnergySeries(times_fs=times.tolist(), mev_per_atom=per_atom.tolist())
         return nve_drift(times, total, len(self.atoms), kinetic), series
+
+    def _run(self, contestant: Contestant, ending: str, stage: str, start: Atoms, **options: Any) -> list[Atoms]:
+        """MD from ``start``; the frames of its trajectory, the first included."""
+        s, file = self.settings, self.path(contestant, ending)
+        md = make_settings(
+            timestep_fs=s.timestep_fs,
+            temperature_K=s.temperature_K,
+            friction_per_fs=s.friction_per_fs,
+            seed=s.seed,
+            **options,
+        )
+        result = run_md(start, contestant.calculator, md, file, progress=self._stage(stage))
+        if result.stopped is not None:
+            raise SimulationError(f"{contestant.name} exploded, {result.stopped}; {file} holds the run up to there")
+        file.with_name(file.name + ".state.json").unlink(missing_ok=True)  # only an unfinished run needs it
+        return read_list(file)
 
     def _stage(self, name: str) -> Callable[[int, int], None]:
         self.progress(name, 0, 1)

@@ -23,14 +23,15 @@ class CompareSettings(Block):
 
     steps, timestep_fs, temperature_K, friction_per_fs: Langevin dynamics with each potential, from the same start and
     the same velocities. frames: how many frames of each run are labelled and measured, evenly spaced. degree,
-    inversion: the quadrature of the equivariance error. nve_steps: length of the energy-conservation run.
+    inversion: the quadrature of the equivariance error. nve_steps: length of the energy-conservation run, which goes on
+    from the end of the Langevin run.
     reference: method that labels the frames; null takes the one that the potentials were trained on.
     """
 
     steps: int = Field(default=2000, ge=1)
     timestep_fs: float = Field(default=0.5, gt=0)
     temperature_K: float = Field(default=300.0, gt=0)
-    friction_per_fs: float = Field(default=0.01, ge=0)
+    friction_per_fs: float = Field(default=0.01, gt=0)
     seed: int = 0
     frames: int = Field(default=50, ge=1)
     nve_steps: int = Field(default=2000, ge=10)

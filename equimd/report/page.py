@@ -119,8 +119,8 @@ def _methods(result: CompareResult) -> str:
         "this spread: the share of the loss.",
         f"Verdict: below three rounding floors exact; below {NEGLIGIBLE:g} of the force error negligible here; up to "
         f"{VISIBLE:g} visible; above, dominant.",
-        f"NVE: {nve:g} ps from the start structure; drift by least squares, with a standard error that respects "
-        "autocorrelation. Speed: median over blocks of MD steps after a warm-up; a device-hour is one hour of "
+        f"NVE: {nve:g} ps from the end of the Langevin run; drift by least squares, with a standard error that "
+        "respects autocorrelation. Speed: median over blocks of MD steps after a warm-up; a device-hour is one hour of "
         f"{first.throughput.device}.",
     ]
     if check is not None:

@@ -1,13 +1,11 @@
 """The one clear table: its rows as text, for the terminal (rich) and for the page."""
 
-import math
 from typing import NamedTuple
 
 from equimd.references import METHODS
 from equimd.report.comparison import CompareResult, PotentialResult
+from equimd.report.numbers import number, with_error
 from equimd.report.verdict import WORDS
-
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Row(NamedTuple):
@@ -26,15 +24,15 @@ def rows(result: CompareResult) -> list[Row]:
         ("Energy error (MAE)", "meV/atom", _energy_mae),
         ("Stress error (MAE)", "meV/Å³", _stress_mae),
         ("Equivariance error", "meV/Å", _equivariance),
-        ("  of the RMS force", "", lambda p: _number(p.equivariance.force.relative)),
+        ("  of the RMS force", "", lambda p: number(p.equivariance.force.relative)),
         ("  worst atom", "meV/Å", _worst),
-        ("  energy spread", "meV/atom", lambda p: _number(1e3 * p.equivariance.energy.std_per_atom)),
+        ("  energy spread", "meV/atom", lambda p: number(1e3 * p.equivariance.energy.std_per_atom)),
         ("Share of the loss", "%", _percent),
         ("Symmetry error is", "", lambda p: WORDS[p.verdict.level].split(":")[0]),
         ("NVE energy drift", "meV/atom/ps", _drift),
-        ("Speed", "ns/day", lambda p: _number(p.throughput.ns_per_day)),
+        ("Speed", "ns/day", lambda p: number(p.throughput.ns_per_day)),
         ("  one MD step", "ms", _step),
-        ("  per device-hour", "ns", lambda p: _number(p.throughput.ns_per_device_hour)),
+        ("  per device-hour", "ns", lambda p: number(p.throughput.ns_per_device_hour)),
         ("Parameters", "", lambda p: "–" if p.n_parameters is None else f"{p.n_parameters:,}"),
         ("Training", "device-hours", _training),
     ]
@@ -69,68 +67,45 @@ def method(reference: str) -> str:
     return METHODS.get(reference, reference)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    """A number for a reader: ``digits`` significant, powers of ten only where they are shorter."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value == 0:
-        return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if exponent < -3 or exponent > 6:
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa}·10{str(int(power)).translate(_SUPERSCRIPTS)}".replace("-", "−")
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
-
-
-def _with_error(value: float, stderr: float) -> str:
-    """Value and standard error with as many decimals as the error's first two digits need."""
-    if not (math.isfinite(stderr) and stderr > 0):
-        return _number(value)
-    decimals = max(0, 1 - math.floor(math.log10(stderr)))
-    if decimals <= 4:
-        return f"{value:,.{decimals}f} ± {stderr:,.{decimals}f}".replace("-", "−")
-    return f"{_number(value)} ± {_number(stderr, 2)}"
-
-
 def _force_mae(p: PotentialResult) -> str:
-    return _number(1e3 * p.accuracy.force.mae) if p.accuracy.force else "–"
+    return number(1e3 * p.accuracy.force.mae) if p.accuracy.force else "–"
 
 
 def _force_rmse(p: PotentialResult) -> str:
-    return _number(1e3 * p.accuracy.force.rmse) if p.accuracy.force else "–"
+    return number(1e3 * p.accuracy.force.rmse) if p.accuracy.force else "–"
 
 
 def _energy_mae(p: PotentialResult) -> str:
-    return _number(1e3 * p.accuracy.energy_per_atom.mae) if p.accuracy.energy_per_atom else "–"
+    return number(1e3 * p.accuracy.energy_per_atom.mae) if p.accuracy.energy_per_atom else "–"
 
 
 def _stress_mae(p: PotentialResult) -> str:
-    return _number(1e3 * p.accuracy.stress.mae) if p.accuracy.stress else "–"
+    return number(1e3 * p.accuracy.stress.mae) if p.accuracy.stress else "–"
 
 
 def _equivariance(p: PotentialResult) -> str:
     force = p.equivariance.force
-    return _with_error(1e3 * force.rmse_equiv, 1e3 * force.stderr)
+    return with_error(1e3 * force.rmse_equiv, 1e3 * force.stderr)
 
 
 def _worst(p: PotentialResult) -> str:
     worst = p.equivariance.force.worst_atom
-    return f"{_number(1e3 * worst.rmse_equiv)} ({worst.element}{worst.index})"
+    return f"{number(1e3 * worst.rmse_equiv)} ({worst.element}{worst.index})"
 
 
 def _percent(p: PotentialResult) -> str:
     loss = p.equivariance.loss
-    return "–" if loss is None else _with_error(loss.percent_of_loss, loss.stderr)
+    return "–" if loss is None else with_error(loss.percent_of_loss, loss.stderr)
 
 
 def _drift(p: PotentialResult) -> str:
-    return _with_error(p.nve.drift_mev_per_atom_per_ps, p.nve.stderr)
+    return with_error(p.nve.drift_mev_per_atom_per_ps, p.nve.stderr)
 
 
 def _step(p: PotentialResult) -> str:
     note = " (unstable)" if p.throughput.unstable else ""
-    return _number(p.throughput.ms_per_step.median) + note
+    return number(p.throughput.ms_per_step.median) + note
 
 
 def _training(p: PotentialResult) -> str:
-    return _number(p.training_device_hours, 2)
+    return number(p.training_device_hours, 2)

@@ -4,6 +4,7 @@ import math
 
 from equimd.analysis.equivariance_results import EquivarianceResult
 from equimd.report.comparison import Level, PotentialResult, Verdict
+from equimd.report.numbers import number
 
 # Symmetry error as a fraction of the model's error: below the first "negligible here", up to the second "visible".
 NEGLIGIBLE = 1 / 10
@@ -29,7 +30,7 @@ def judge(result: EquivarianceResult) -> Verdict:
     needed = None
     if loss and loss.l_mean > 0:
         needed = max(1, math.ceil(loss.l_equiv / (NEGLIGIBLE**2 * loss.l_mean)))
-    size = f"symmetry error {_mev(force.rmse_equiv)} meV/Å"
+    size = f"symmetry error {number(1e3 * force.rmse_equiv, 2)} meV/Å"
     if level == "exact":
         text = f"{size}, {WORDS[level]}"
     elif math.isnan(ratio):
@@ -99,7 +100,3 @@ def _drift(potentials: list[PotentialResult]) -> str:
 def drift_is_significant(p: PotentialResult) -> bool:
     """Whether the NVE drift differs from zero by more than two standard errors."""
     return abs(p.nve.drift_mev_per_atom_per_ps) > SIGNIFICANT * p.nve.stderr
-
-
-def _mev(value: float) -> str:
-    return f"{1e3 * value:.2g}"

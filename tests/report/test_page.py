@@ -1,0 +1,128 @@
+"""The page: self-contained, complete, and without side effects."""
+
+import re
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import pytest
+from synthetic import make_result
+
+from equimd.errors import InputError
+from equimd.report import load_results, write_report
+from equimd.report.figures import pareto_front
+from equimd.report.page import render
+from equimd.report.table import rich_table, rows
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return make_result()
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return render(result)
+
+
+class Nesting(HTMLParser):
+    """Collects attributes, and checks that every tag is closed by its own end."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.attributes = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_well_formed_and_nothing_is_fetched(page):
+    parser = Nesting()
+    parser.feed(page)
+    assert parser.open == []
+    links = [value for name, value in parser.attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
+    assert links  # parity points are an embedded picture
+    assert all(value.startswith(("#", "data:")) for value in links)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert "<script" not in page
+
+
+def test_every_figure_and_fact_is_there(page, result):
+    assert page.count("<svg") == 6
+    for text in ("Equivariance error along the trajectory", "Share of the loss", "Error by element", "Force parity"):
+        assert text in page
+    for p in result.potentials:
+        assert page.count(p.name) > 3
+    assert result.provenance.processor in page
+    assert f"torch {result.provenance.versions['torch']}" in page
+    assert "GFN2-xTB" in page
+
+
+def test_names_are_escaped():
+    page = render(make_result(names=("<b>a", "b&c")))
+    assert "<b>a" not in page
+    assert "&lt;b&gt;a" in page
+
+
+def test_drawing_leaves_matplotlib_as_it_was(result):
+    before = dict(mpl.rcParams)
+    render(result)
+    assert dict(mpl.rcParams) == before
+
+
+def test_the_same_results_make_the_same_page(page, result):
+    assert render(result) == page
+
+
+@pytest.mark.parametrize("symmetry", [(0.0, 0.0), (1e-9, 0.5)])
+def test_extreme_errors_are_drawn(symmetry):
+    assert render(make_result(symmetry=symmetry)).count("<svg") == 6
+
+
+def test_one_and_three_potentials_are_drawn():
+    for names, symmetry in ((("a",), (1e-3,)), (("a", "b", "c"), (1e-7, 1e-3, 1e-2))):
+        assert render(make_result(names=names, symmetry=symmetry)).count("<svg") == 6
+
+
+def test_results_survive_the_file(result, tmp_path):
+    result.write(tmp_path / "results.json")
+    again = load_results(tmp_path)
+    assert again.to_json() == result.to_json()
+    path = write_report(again, tmp_path)
+    assert path == tmp_path / "report.html"
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "report.html"}
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 1}', "[]"])
+def test_other_files_are_refused(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match="no comparison"):
+        load_results(tmp_path)
+    with pytest.raises(InputError, match="cannot read"):
+        load_results(tmp_path / "nowhere")
+
+
+def test_table_carries_units_and_error_bars(result):
+    table = {row.label.strip(): row for row in rows(result)}
+    assert table["Force error (MAE)"].values == ["4.50", "16.5"]
+    assert table["Force error (MAE)"].unit == "meV/Å"
+    assert "±" in table["Equivariance error"].values[1]
+    assert table["Symmetry error is"].values == ["exact", "visible"]
+    assert "Stress error (MAE)" not in table  # nobody has it
+    assert rich_table(result).row_count == len(table)
+
+
+def test_pareto_front():
+    points = [(1.0, 5.0), (2.0, 6.0), (3.0, 4.0), (2.5, 3.0), (3.0, 9.0)]
+    # (1, 5) and (2, 6) are beaten by (2.5, 3); (3, 9) by (3, 4).
+    assert pareto_front(points) == [(2.5, 3.0), (3.0, 4.0)]
+    assert pareto_front([]) == []
