@@ -237,7 +237,7 @@ class _Job:
             contestant, ".h5", name, self.atoms, ensemble="nvt", steps=s.steps, stride=stride
         )[1:]
         contestant.times_fs = [(k + 1) * stride * s.timestep_fs for k in range(len(contestant.frames))]
-        contestant.temperature_K = [frame.get_temperature() for frame in contestant.frames]
+        contestant.temperature_K = [float(frame.get_temperature()) for frame in contestant.frames]
 
     def label(self, contestant: Contestant, processes: int) -> list[Atoms]:
         """The frames with the reference's energy and forces, written beside the trajectory."""

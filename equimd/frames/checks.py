@@ -89,7 +89,7 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
     per Å is 23 times as large), stresses stay below 1.5 eV/Å³ (240 GPa), energies per atom lie between that of all
     electrons, −20.9 Z^(7/3) eV (Thomas-Fermi, Z averaged over atoms), and +50 eV, and bonds above 0.5 Å.
     """
-    squares, components = 0.0, 0
+    squares, components, n_forces = 0.0, 0, 0
     energies: list[float] = []
     lowest: list[float] = []
     stress = 0.0
@@ -102,6 +102,7 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
         if labels["forces"] is not None and len(atoms) > 1:
             squares += float((labels["forces"] ** 2).sum())
             components += labels["forces"].size
+            n_forces += 1
         if labels["energy"] is not None and len(atoms):
             energies.append(labels["energy"] / len(atoms))
             lowest.append(-22.0 * float((atoms.numbers.astype(float) ** (7 / 3)).mean()) - 20.0)
@@ -114,7 +115,7 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
                     virial_ratios.append(work / force)
     messages = _energy_messages(np.array(energies), np.array(lowest))
     if components:
-        messages += _force_messages(float(np.sqrt(squares / components)))
+        messages += _force_messages(float(np.sqrt(squares / components)), n_forces)
     if stress > 1.5:
         messages.append(
             f"the largest stress component is {stress:.3g} eV/Å³ ({stress * 160.2:.0f} GPa): is it in kbar or GPa?"
@@ -130,14 +131,17 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
     return messages
 
 
-def _force_messages(rms: float) -> list[str]:
+def _force_messages(rms: float, n_frames: int) -> list[str]:
     if rms > 12.0:
         return [
             f"the force RMS is {rms:.3g} eV/Å: is it in kcal/mol/Å (then {rms / 23.06:.3g} eV/Å)"
             ' or kJ/mol/nm? see UnitSpec(energy="kcal/mol")'
         ]
-    if 0.0 < rms < 0.005:
-        return [f"the force RMS is {rms:.2g} eV/Å: is it in Hartree/Bohr, or are these relaxed structures?"]
+    if n_frames >= 10 and 1e-4 < rms < 0.04:  # a few relaxed structures are no cause for alarm
+        return [
+            f"the force RMS of {n_frames} frames is {rms:.2g} eV/Å: is it in Hartree/Bohr (then {rms * 51.4:.2g} eV/Å)?"
+            ' see UnitSpec(energy="Hartree", length="Bohr")'
+        ]
     return []
 
 

@@ -101,7 +101,7 @@ class H5MDReader:
             window = slice(start, start + FRAMES_PER_CHUNK)
             values = {name: self._read(one, steps[window]) for name, one in series.items()}
             for k, step in enumerate(steps[window]):
-                frame = {name: rows[k] for name, rows in values.items() if rows[k] is not None}
+                frame: dict[str, Any] = {name: rows[k] for name, rows in values.items() if rows[k] is not None}
                 atoms = Atoms(numbers, positions=frame["position"], pbc=pbc)
                 if "edges" in frame:
                     edges = frame["edges"]
@@ -195,8 +195,8 @@ class H5MDReader:
 
     def _species(self, item: Any) -> np.ndarray:
         if isinstance(item, h5py.Group):
-            values = item["value"][0]
-            dtype = item["value"].dtype
+            series: Any = item["value"]
+            values, dtype = series[0], series.dtype
         else:
             values, dtype = item[()], item.dtype
         enumeration = h5py.check_enum_dtype(dtype)

@@ -129,7 +129,7 @@ def _database_units(path: Path, metadata: dict) -> UnitSpec:
     energies = {"Ha": "Hartree", "kcal/mol": "kcal/mol"}
     try:
         return UnitSpec(
-            energy=energies.get(energy, energy),
+            energy=str(energies.get(energy, energy)),
             length=lengths.get(metadata.get("_distance_unit", "Ang"), "Å"),
             force_energy=energies.get(forces[0], forces[0]) if len(forces) == 2 else None,
             force_length=lengths.get(forces[1], forces[1]) if len(forces) == 2 else None,

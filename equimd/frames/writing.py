@@ -34,7 +34,7 @@ def write_frames(path: str | Path, frames: Iterable[Atoms]) -> None:
 
             with Trajectory(temporary, "w") as trajectory:
                 for atoms in frames:
-                    trajectory.write(atoms)
+                    trajectory.write(atoms)  # pyright: ignore
         elif path.suffix.lower() in (".h5", ".h5md"):
             from equimd.frames.h5md import H5MDWriter
 

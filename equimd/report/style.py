@@ -60,7 +60,7 @@ def house_style() -> Iterator[None]:
     """matplotlib's settings for our figures, inside the block only."""
     from matplotlib import rc_context
 
-    with rc_context(_SETTINGS):
+    with rc_context(_SETTINGS):  # pyright: ignore
         yield
 
 

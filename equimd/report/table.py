@@ -1,6 +1,6 @@
 """The one clear table: its rows as text, for the terminal (rich) and for the page."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from equimd.references import METHODS
 from equimd.report.comparison import CompareResult, PotentialResult
@@ -40,7 +40,7 @@ def rows(result: CompareResult) -> list[Row]:
     return [row for row in out if any(value != "–" for value in row.values)]
 
 
-def rich_table(result: CompareResult) -> object:
+def rich_table(result: CompareResult) -> Any:
     """The table for a terminal, as a rich renderable."""
     from rich import box
     from rich.table import Table
