@@ -59,6 +59,11 @@ class Integrator:
         """One time step; the atoms hold the new positions and momenta."""
         self.dynamics.step()
 
+    def refresh(self) -> None:
+        """Forget accelerations that were computed before the calculator was reset."""
+        if hasattr(self.dynamics, "accel"):
+            self.dynamics.accel = self.dynamics.atoms.get_forces() / self.dynamics.masses
+
     def state(self) -> dict[str, Any]:
         """What a resume needs, in JSON's types: the generator, and in NPT the barostat's momentum and force.
 

@@ -1,4 +1,4 @@
-"""Trajectory files that a kill at any moment leaves readable, and that can be cut back to a checkpoint."""
+"""Trajectory files that a kill at any moment leaves whole, and that can be cut back to a checkpoint."""
 
 import io
 import os
@@ -10,12 +10,13 @@ from ase import Atoms
 
 from equimd.errors import InputError
 from equimd.frames import H5MDWriter
+from equimd.frames.transaction import transaction
 
 
 class Output(Protocol):
     """A trajectory being written; frames are safe once ``flush`` returns."""
 
-    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
+    def append(self, atoms: Atoms, step: int, time_fs: float, temperature_K: float) -> None:
         """Add a frame that carries its results."""
         ...
 
@@ -34,9 +35,9 @@ class H5MDOutput:
     def __init__(self, path: Path, append: bool) -> None:
         self.writer = H5MDWriter(path, append=append)
 
-    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
+    def append(self, atoms: Atoms, step: int, time_fs: float, temperature_K: float) -> None:
         """Add a frame."""
-        self.writer.append(atoms, step=step, time_fs=time_fs)
+        self.writer.append(atoms, step=step, time_fs=time_fs, temperature_K=temperature_K)
 
     def flush(self) -> int:
         """Append the gathered frames in one transaction."""
@@ -54,28 +55,32 @@ class ExtxyzOutput:
     def __init__(self, path: Path, append: bool) -> None:
         self.path = path
         self.pending = io.StringIO()
-        if not append:
-            path.touch(exist_ok=False)
 
-    def append(self, atoms: Atoms, step: int, time_fs: float) -> None:
-        """Add a frame; step and time_fs go into its comment line."""
+    def append(self, atoms: Atoms, step: int, time_fs: float, temperature_K: float) -> None:
+        """Add a frame; step, time_fs and temperature_K go into its comment line."""
         frame = atoms.copy()
         frame.calc = atoms.calc
-        frame.info = {**frame.info, "step": step, "time_fs": time_fs}
+        frame.info = {**frame.info, "step": step, "time_fs": time_fs, "temperature_K": temperature_K}
         ase.io.write(self.pending, frame, format="extxyz")
 
     def flush(self) -> int:
-        """Append and fsync."""
-        with open(self.path, "ab") as file:
-            file.write(self.pending.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
-            self.pending = io.StringIO()
-            return file.tell()
+        """Append the gathered frames in one transaction."""
+        if not self.pending.tell():
+            return self.path.stat().st_size if self.path.exists() else 0
+        with transaction(self.path) as overlay:
+            overlay.seek(0, os.SEEK_END)
+            overlay.write(self.pending.getvalue().encode())
+        self.pending = io.StringIO()
+        return overlay.size
 
     def truncate(self, mark: int) -> None:
         """Keep the first ``mark`` bytes."""
-        os.truncate(self.path, mark)
+        with transaction(self.path) as overlay:
+            if overlay.size < mark:
+                raise InputError(
+                    f"{self.path} has {overlay.size} bytes; accepted: {mark} or more, as its checkpoint says"
+                )
+            overlay.truncate(mark)
 
 
 OUTPUTS = {".h5": H5MDOutput, ".h5md": H5MDOutput, ".xyz": ExtxyzOutput, ".extxyz": ExtxyzOutput}
@@ -93,4 +98,6 @@ def open_output(path: Path, append: bool) -> Output:
         raise InputError(f"output is {path}, but the folder {path.parent} does not exist")
     if not append and path.exists():
         raise InputError(f"output {path} exists; give another name, or resume the run that wrote it")
+    if append and not path.exists():
+        raise InputError(f"cannot resume: {path} does not exist")
     return OUTPUTS[path.suffix.lower()](path, append)

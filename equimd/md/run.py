@@ -5,6 +5,7 @@ calculator is reset at every checkpoint, in a run that is never interrupted as w
 neighbour list changes the last bits of the forces. So a resumed run equals one that was never killed.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 
 from equimd.errors import InputError
 from equimd.frames import check_structure
@@ -22,6 +22,7 @@ from equimd.md.integrators import Integrator
 from equimd.md.output import Output, open_output
 from equimd.md.settings import MDSettings
 from equimd.results import Provenance, Result, provenance, write_text_atomically
+from equimd.units import KB_EV_PER_K
 
 Progress = Callable[[int, int], None]
 Frame = tuple[int, Atoms]
@@ -64,15 +65,19 @@ def run_md(
     trajectory that is whole up to there.
 
     Raises:
-        InputError: a structure that the calculator cannot describe, an output that exists (without ``resume``), nothing
-            to resume, other settings than the interrupted run's.
+        InputError: a structure that the calculator cannot describe, an output that exists (without ``resume``), other
+            settings or another calculator than the interrupted run's. A run that was killed before its first checkpoint
+            is resumed from its start.
     """
     begin = time.monotonic()
     path = Path(output)
     state_path = path.with_name(path.name + ".state.json")
     atoms = _prepared(atoms, calculator)
-    state = _read_state(state_path, settings, atoms) if resume else None
-    sink = open_output(path, append=resume)
+    state = _read_state(state_path, settings, atoms) if resume and (path.exists() or state_path.exists()) else None
+    if state is not None and state["mark"] == 0:  # killed before the first frames were flushed
+        state = None
+        path.unlink(missing_ok=True)
+    sink = open_output(path, append=state is not None)
     if state is not None:
         sink.truncate(state["mark"])
         _apply(atoms, state)
@@ -81,10 +86,16 @@ def run_md(
     def checkpoint() -> None:
         write_text_atomically(state_path, json.dumps(run.state(sink.flush())))
 
-    stopped = _advance(run, sink, checkpoint, progress)
-    checkpoint()
+    try:
+        stopped = _advance(run, sink, checkpoint, progress)
+    except BaseException:  # an interrupt, or a calculator that failed: keep what there is
+        with contextlib.suppress(OSError):
+            sink.flush()
+        raise
+    # The last checkpoint stays where it is: to go on from here exactly as a longer run would have, start from there.
+    sink.flush()
     return MDResult(
-        calculator=str(getattr(calculator, "name", None) or type(calculator).__name__),
+        calculator=_name(calculator),
         formula=atoms.get_chemical_formula(),
         n_atoms=len(atoms),
         settings=settings,
@@ -113,10 +124,22 @@ def iterate_md(atoms: Atoms, calculator: Any, settings: MDSettings) -> Iterator[
             run.advance()
         except _Explosion as explosion:
             raise RuntimeError(str(explosion)) from explosion
-        if run.step % settings.checkpoint_every == 0:
-            run.rebuild()
         if run.step % settings.stride == 0:
             yield run.step, run.frame()
+        if run.step % settings.checkpoint_every == 0:
+            run.rebuild()
+
+
+def thermal_momenta(atoms: Atoms, temperature_K: float, rng: np.random.Generator) -> np.ndarray:
+    """Momenta (N, 3) in ASE's unit, drawn from the Maxwell-Boltzmann distribution in the frame of the centre of mass.
+
+    A free system holds (3N − 3) kT/2 then; with constraints the centre of mass is left as drawn.
+    """
+    masses = atoms.get_masses()[:, None]
+    momenta = rng.standard_normal((len(atoms), 3)) * np.sqrt(masses * KB_EV_PER_K * temperature_K)
+    if not atoms.constraints:
+        momenta -= masses * (momenta.sum(axis=0) / masses.sum())
+    return momenta
 
 
 class _Run:
@@ -127,8 +150,7 @@ class _Run:
         self.step, self.n_frames, self.temperature_sum = 0, 0, 0.0
         rng = np.random.default_rng(settings.seed)
         if state is None and not atoms.get_momenta().any():
-            MaxwellBoltzmannDistribution(atoms, temperature_K=settings.temperature_K, rng=rng)
-            Stationary(atoms)
+            atoms.set_momenta(thermal_momenta(atoms, settings.temperature_K, rng))
         self.integrator = Integrator(atoms, settings, rng)
         if state is not None:
             self.step, self.n_frames = state["step"], state["n_frames"]
@@ -146,25 +168,36 @@ class _Run:
         largest = float(np.abs(forces).max())
         if not largest <= self.settings.max_force:
             raise _Explosion(f"step {self.step}: a force is {largest:.4g} eV/Å, more than {self.settings.max_force:g}")
-        temperature = self.atoms.get_temperature()
+        temperature = self.temperature()
         if not temperature <= self.settings.max_temperature_K:
             limit = self.settings.max_temperature_K
             raise _Explosion(f"step {self.step}: the temperature is {temperature:.4g} K, more than {limit:g}")
 
+    def temperature(self) -> float:
+        """Temperature (K); the resting centre of mass of NVE takes three degrees of freedom."""
+        lost = sum(constraint.get_removed_dof(self.atoms) for constraint in self.atoms.constraints)
+        lost += 3 if self.settings.ensemble == "nve" and not lost else 0
+        return 2.0 * float(self.atoms.get_kinetic_energy()) / (max(3 * len(self.atoms) - lost, 1) * KB_EV_PER_K)
+
     def rebuild(self) -> None:
         """Have the calculator forget results and neighbour list."""
-        self.atoms.calc.reset()
+        calculator: Any = self.atoms.calc
+        calculator.reset()
+        self.integrator.refresh()
 
     def frame(self) -> Atoms:
         """A copy of the atoms that carries its results."""
         atoms = self.atoms
-        results: dict[str, Any] = {"energy": float(atoms.get_potential_energy()), "forces": atoms.get_forces()}
+        results: dict[str, Any] = {
+            "energy": float(atoms.get_potential_energy()),
+            "forces": atoms.get_forces(apply_constraint=False),
+        }
         if atoms.pbc.all() and "stress" in getattr(atoms.calc, "implemented_properties", ()):
-            results["stress"] = atoms.get_stress()
+            results["stress"] = atoms.get_stress(apply_constraint=False)
         copy = atoms.copy()
         copy.calc = SinglePointCalculator(copy, **results)
         self.n_frames += 1
-        self.temperature_sum += copy.get_temperature()
+        self.temperature_sum += self.temperature()
         return copy
 
     def state(self, mark: int) -> dict[str, Any]:
@@ -176,6 +209,7 @@ class _Run:
             "temperature_sum": self.temperature_sum,
             "mark": mark,
             "settings": self.settings.model_dump(),
+            "calculator": _name(atoms.calc),
             "numbers": atoms.numbers.tolist(),
             "positions": atoms.positions.tolist(),
             "momenta": atoms.get_momenta().tolist(),
@@ -189,15 +223,14 @@ def _advance(run: _Run, sink: Output, checkpoint: Callable[[], None], progress: 
     settings = run.settings
     if run.step == 0 and run.n_frames == 0:
         checkpoint()
-        run.rebuild()
-        sink.append(run.frame(), 0, 0.0)
+        sink.append(run.frame(), 0, 0.0, run.temperature())
     while run.step < settings.steps:
         try:
             run.advance()
         except _Explosion as explosion:
             return str(explosion)
         if run.step % settings.stride == 0:
-            sink.append(run.frame(), run.step, run.step * settings.timestep_fs)
+            sink.append(run.frame(), run.step, run.step * settings.timestep_fs, run.temperature())
         if run.step % settings.checkpoint_every == 0:
             checkpoint()
             run.rebuild()
@@ -225,11 +258,17 @@ def _read_state(path: Path, settings: MDSettings, atoms: Atoms) -> dict[str, Any
         raise InputError(f"cannot resume: {path} is no checkpoint of a run") from error
     if state["numbers"] != atoms.numbers.tolist():
         raise InputError(f"cannot resume: {path} holds other atoms than the structure given")
+    if state["calculator"] != _name(atoms.calc):
+        raise InputError(f"cannot resume: the run used {state['calculator']}, not {_name(atoms.calc)}")
     old, new = state["settings"], settings.model_dump()
     for key in new:
         if key != "steps" and old.get(key) != new[key]:
             raise InputError(f"cannot resume: {key} was {old.get(key)!r} and is {new[key]!r}; only steps may change")
     return state
+
+
+def _name(calculator: Any) -> str:
+    return str(getattr(calculator, "name", None) or type(calculator).__name__)
 
 
 def _apply(atoms: Atoms, state: dict[str, Any]) -> None:
