@@ -26,7 +26,7 @@ from equimd.analysis.equivariance_results import EquivarianceResult
 from equimd.analysis.throughput import ThroughputResult, TimingSettings, measure_throughput
 from equimd.calculators.forcefield import as_force_field
 from equimd.errors import InputError
-from equimd.frames import check_structure, read_list, write_frames
+from equimd.frames import check_structure, read_frames, read_list, write_frames
 from equimd.md import run_md
 from equimd.md.settings import make_settings
 from equimd.references import METHODS, label
@@ -41,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 
 _NVE_SAMPLES = 500
 _PARITY_POINTS = 1500
+# Starting worker processes takes seconds, as long as labelling this many atoms.
+_ATOMS_WORTH_WORKERS = 2000
 
 
 class SimulationError(RuntimeError):
@@ -131,7 +133,7 @@ def start_structure(potentials: Sequence[Any], structure: Atoms | str | Path | N
         structure = (found if found.is_dir() else found.parent) / "start.xyz"
         if not structure.is_file():
             raise InputError(f"{first} brings no start.xyz; give a structure")
-    atoms = read_list(structure)[0]
+    atoms = next(iter(read_frames(structure)))  # checked by the caller, so no word on its plausibility
     atoms.calc = None
     return atoms
 
@@ -243,6 +245,8 @@ class _Job:
         """The frames with the reference's energy and forces, written beside the trajectory."""
         assert self.settings.reference is not None
         stage, n = self._stage(f"{contestant.name}: labels"), len(contestant.frames)
+        if n * len(self.atoms) < _ATOMS_WORTH_WORKERS:
+            processes = 1
         frames = label(
             contestant.frames, self.settings.reference, processes=processes, progress=lambda done: stage(done, n)
         )

@@ -1,0 +1,238 @@
+"""Every kind of bad input gets one line, exit code 2, and loses nothing."""
+
+import hashlib
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from tiny import water
+
+from equimd.frames import write_frames
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def unchanged(tmp_path):
+    """Call it before; afterwards every file must hold the same bytes, and none may have come or gone."""
+    before: dict[Path, str] = {}
+
+    def snapshot() -> dict[Path, str]:
+        files = (path for path in tmp_path.rglob("*") if path.is_file())
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def remember():
+        before.update(snapshot())
+
+    yield remember
+    assert snapshot() == before
+
+
+def bent(change) -> Path:
+    """A file with a water molecule after ``change``."""
+    atoms = water()
+    change(atoms)
+    write_frames("bent.xyz", [atoms])
+    return Path("bent.xyz")
+
+
+def gold(atoms):
+    atoms.numbers[0] = 79
+
+
+def nan(atoms):
+    atoms.positions[1, 2] = np.nan
+
+
+def coincident(atoms):
+    atoms.positions[2] = atoms.positions[1]
+
+
+STRUCTURES = [(gold, "Au"), (nan, "nan"), (coincident, "apart")]
+
+
+@pytest.mark.parametrize(("change", "says"), STRUCTURES)
+@pytest.mark.parametrize("command", ["md", "throughput", "compare"])
+def test_structures(command, change, says, potentials, refused, unchanged):
+    path, potential = bent(change), potentials["equivariant"]
+    unchanged()
+    arguments = {
+        "md": ("md", potential, path, "-o", "run.h5", "--steps", 5),
+        "throughput": ("throughput", potential, path),
+        "compare": ("compare", potential, "--structure", path, "--steps", 5),
+    }
+    assert says in refused(*arguments[command])
+
+
+def test_empty_structure(potentials, refused, unchanged):
+    Path("empty.xyz").write_text('0\nProperties=species:S:1:pos:R:3 pbc="F F F"\n')
+    Path("nothing.xyz").write_text("")
+    unchanged()
+    assert "empty" in refused("md", potentials["equivariant"], "empty.xyz", "-o", "run.h5")
+    assert "holds no frames" in refused("data", "inspect", "nothing.xyz")
+
+
+def recipe(**changes) -> Path:
+    values = {
+        "name": "tiny",
+        "model": {"family": "equivariant", "cutoff": 4.0, "n_layers": 1, "l_max": 1, "n_channels": 4},
+        "data": {"train": "bare.xyz", "valid": "bare.xyz", "isolated_atom_energies": {"H": -10.7, "O": -102.5}},
+        "steps": 2,
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(values | changes))
+    return Path("recipe.yaml")
+
+
+def test_recipe_typo(refused, unchanged):
+    path = recipe(optimiser={"lr": 1e-3})
+    unchanged()
+    line = refused("train", path, "-o", "run")
+    assert "optimiser" in line
+    assert "did you mean 'optimizer'" in line
+
+
+def test_recipe_value_and_override(refused, unchanged):
+    path = recipe()
+    unchanged()
+    assert "optimizer.lr" in refused("train", path, "-o", "run", "--set", "optimizer.lr=-1")
+    assert "key=value" in refused("train", path, "-o", "run", "--set", "optimizer.lr")
+
+
+def test_missing_labels(potentials, refused, unchanged):
+    write_frames("bare.xyz", [water()])
+    path = recipe()
+    unchanged()
+    assert "labels" in refused("evaluate", potentials["equivariant"], "bare.xyz")
+    assert "neither energies nor forces" in refused("train", path, "-o", "run")
+
+
+def test_wrong_units(potentials, labelled, refused, run, unchanged):
+    unchanged()
+    line = refused("evaluate", potentials["equivariant"], labelled, "--unit", "energy=kcl/mol")
+    assert "kcl/mol" in line
+    assert "kcal/mol" in line
+    assert "--unit" in refused("evaluate", potentials["equivariant"], labelled, "--unit", "mass=g")
+
+
+def test_implausible_units_are_warned_of(potentials, run, labelled):
+    text = labelled.read_text().replace("0.50000000", "40.50000000").replace("0.5 ", "40.5 ")
+    labelled.write_text(text)
+    result = run("evaluate", potentials["equivariant"], labelled, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("equimd: warning: ")
+    assert "kcal/mol" in line
+
+
+def test_checkpoints(potentials, labelled, refused, unchanged, tmp_path):
+    whole = (Path(potentials["transformer"]) / "model.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("pickle.safetensors").write_bytes(pickle.dumps({"weights": [1.0]}))
+    Path("text.safetensors").write_text("not a checkpoint at all")
+    unchanged()
+    assert "truncated" in refused("evaluate", "cut.safetensors", labelled)
+    assert "pickle" in refused("evaluate", "pickle.safetensors", labelled)
+    assert "text.safetensors" in refused("evaluate", "text.safetensors", labelled)
+    assert "no potential is called" in refused("evaluate", "ethanol-equivarant", labelled)
+
+
+class Bomb:
+    """Leaves a trace if it is ever unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_a_pickle_is_never_executed(labelled, refused):
+    Path("bomb.safetensors").write_bytes(pickle.dumps(Bomb()))
+    refused("evaluate", "bomb.safetensors", labelled)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_output_of_compare_exists(kind, potentials, refused, unchanged):
+    if kind == "folder":
+        Path("out").mkdir()
+        Path("out/results.json").write_text("precious")
+    else:
+        Path("out").write_text("precious")
+    unchanged()
+    line = refused("compare", potentials["equivariant"], "-o", "out", "--steps", 5)
+    assert "out" in line
+    assert kind == "file" or "--overwrite" in line
+
+
+def test_output_of_md_and_train_exists(potentials, labelled, refused, unchanged):
+    Path("run.h5").write_text("precious")
+    Path("run").mkdir()
+    Path("run/model.safetensors").write_text("precious")
+    data = {"train": str(labelled), "valid": str(labelled), "isolated_atom_energies": {"H": -10.7, "O": -102.5}}
+    path = recipe(data=data)
+    unchanged()
+    potential = potentials["equivariant"]
+    assert "run.h5" in refused("md", potential, Path(potential) / "start.xyz", "-o", "run.h5", "--steps", 5)
+    assert "exists" in refused("train", path, "-o", "run")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
+def test_full_disk(potentials, labelled, run):
+    result = run("evaluate", potentials["equivariant"], labelled, "--json", "/dev/full")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "no space left on the disk" in line
+    assert Path("/dev/full").is_char_device()
+
+
+def test_full_disk_during_md_keeps_what_was_written(potentials, run, monkeypatch):
+    import equimd.md.run as md_run
+
+    written = []
+
+    def full_later(path, text):
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(28, "No space left on device", str(path))
+        path.write_text(text)
+
+    monkeypatch.setattr(md_run, "write_text_atomically", full_later)
+    potential = potentials["equivariant"]
+    arguments = ("--steps", 20, "--stride", 1, "--checkpoint-every", 5)
+    result = run("md", potential, Path(potential) / "start.xyz", "-o", "run.h5", *arguments)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "no space left" in line
+    from equimd.frames import read_list
+
+    assert len(read_list("run.h5")) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compare", "--steps", 0), "steps"),
+        (("compare", "--temperature", -1), "temperature"),
+        (("compare", "--dtype", "float16"), "float32"),
+        (("compare", "nothing-like-it"), "no potential is called"),
+        (("compare", "--json", "nowhere/out.json"), "nowhere"),
+        (("report", "nowhere"), "nowhere"),
+        (("data", "inspect", "nowhere.xyz"), "nowhere.xyz"),
+        (("md",), "POTENTIAL"),
+        (("comapre",), "compare"),
+    ],
+)
+def test_arguments(arguments, says, refused, unchanged):
+    unchanged()
+    assert says in refused(*arguments)
+
+
+def test_atoms_that_are_no_molecule_of_the_reference(potentials, refused):
+    write_frames("two.xyz", [Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])])
+    line = refused("compare", potentials["equivariant"], "--structure", "two.xyz", "--reference", "dft")
+    assert "gfn2-xtb" in line

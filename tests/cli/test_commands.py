@@ -1,0 +1,178 @@
+"""Each command on a tiny potential: what it prints, what it writes, and that JSON stands alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from equimd.cli import app
+from equimd.frames import read_list
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def as_json(result) -> dict:
+    """What was printed with --json -, alone on standard output."""
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def test_help_and_version(run):
+    from equimd import __version__
+
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("train", "md", "evaluate", "equivariance", "throughput", "compare", "report", "info", "data"):
+        assert command in result.stdout
+    assert run("--version").stdout == f"equimd {__version__}\n"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "torch numpy ase openmm matplotlib pydantic scipy"
+    code = f"import sys, equimd.cli; print([m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_info(run):
+    result = as_json(run("info", "--json", "-"))
+    assert result["schema_version"] == 1
+    assert "cpu" in result["devices"]
+    assert result["provenance"]["versions"]["equimd"]
+    assert "torch" in run("info").stdout
+
+
+def test_data_inspect(run, labelled):
+    result = as_json(run("data", "inspect", labelled, "--json", "-"))
+    assert result["n_frames"] == 3
+    assert result["elements"] == {"H": 6, "O": 3}
+    assert result["n_labelled"] == {"energy": 3, "forces": 3, "stress": 0}
+    assert result["energy_per_atom"][0] == pytest.approx(-138.2 / 3)
+    assert "Frames with forces" in run("data", "inspect", labelled).stdout
+
+
+@pytest.mark.parametrize("family", ["equivariant", "transformer"])
+def test_evaluate(run, potentials, labelled, family):
+    result = as_json(run("evaluate", potentials[family], labelled, "--json", "-"))
+    assert result["schema_version"] == 1
+    assert result["n_frames"] == 3
+    assert set(result["force"]) == {"mae", "rmse"}
+    assert result["stress"] is None
+
+
+def test_units_of_the_file_are_taken(run, potentials, labelled):
+    plain = as_json(run("evaluate", potentials["equivariant"], labelled, "--json", "-"))
+    scaled = as_json(run("evaluate", potentials["equivariant"], labelled, "--unit", "energy=kcal/mol", "--json", "-"))
+    assert scaled["energy"]["mae"] != pytest.approx(plain["energy"]["mae"], rel=0.1)
+
+
+def test_equivariance(run, potentials, labelled):
+    exact = as_json(run("equivariance", potentials["equivariant"], labelled, "--degree", 3, "--json", "-"))
+    broken = as_json(run("equivariance", potentials["transformer"], labelled, "--degree", 3, "--json", "-"))
+    assert exact["group"]["kind"] == "quadrature"
+    assert exact["force"]["relative"] < 1e-5  # float32
+    assert broken["force"]["rmse_equiv"] > 100 * exact["force"]["rmse_equiv"]
+    assert broken["loss"]["percent_of_loss"] > exact["loss"]["percent_of_loss"]
+    shown = run("equivariance", potentials["transformer"], labelled, "--random", 4, "--stride", 2)
+    assert "Share of the loss" in shown.stdout
+
+
+def test_throughput_writes_json_and_shows_a_table(run, potentials):
+    start = Path(potentials["equivariant"]) / "start.xyz"
+    result = run("throughput", potentials["equivariant"], start, "--block-seconds", 0.001, "--json", "out.json")
+    assert result.exit_code == 0, result.stderr
+    assert "ns/day" in result.stdout
+    written = json.loads(Path("out.json").read_text())
+    assert written["n_atoms"] == 3
+    assert written["ms_per_step"]["median"] > 0
+
+
+def test_md_and_resume(run, potentials):
+    start = Path(potentials["equivariant"]) / "start.xyz"
+    command = ("md", potentials["equivariant"], start, "-o", "run.h5", "--stride", 2, "--ensemble", "nve")
+    first = as_json(run(*command, "--steps", 4, "--json", "-"))
+    assert first["n_frames"] == 3
+    assert run(*command, "--steps", 8, "--resume").exit_code == 0
+    assert len(read_list("run.h5")) == 5
+
+
+def test_an_explosion_is_a_failure_with_a_line(run, potentials, monkeypatch):
+    start = Path(potentials["equivariant"]) / "start.xyz"
+    result = run("md", potentials["equivariant"], start, "-o", "run.h5", "--temperature", 90000, "--steps", 10)
+    assert result.exit_code == 1
+    assert "the run stopped" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert read_list("run.h5")
+
+
+def test_train(run, labelled):
+    energies = {"H": -10.7, "O": -102.5}
+    values = {
+        "name": "tiny",
+        "model": {"family": "equivariant", "cutoff": 4.0, "n_layers": 1, "l_max": 1, "n_channels": 4},
+        "data": {"train": str(labelled), "valid": str(labelled), "isolated_atom_energies": energies},
+        "steps": 2,
+        "batch": {"n_frames": 2},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(values))
+    result = as_json(run("train", "recipe.yaml", "-o", "out", "--set", "steps=3", "--json", "-"))
+    assert result["steps"] == 3
+    assert Path("out/model.safetensors").is_file()
+
+
+def test_compare_and_report(run, potentials):
+    names = (potentials["equivariant"], potentials["transformer"])
+    command = ("compare", *names, "--steps", 6, "--frames", 3, "-o", "out")
+    result = run(*command, "--json", "-")
+    compared = as_json(result)
+    assert [p["name"] for p in compared["potentials"]] == ["tiny-equivariant", "tiny-transformer"]
+    assert [p["family"] for p in compared["potentials"]] == ["equivariant", "transformer"]
+    assert json.loads(Path("out/results.json").read_text()) == compared
+    page = Path("out/report.html").read_text()
+    Path("out/report.html").unlink()
+    again = run("report", "out")
+    assert again.exit_code == 0, again.stderr
+    assert "Equivariance error" in again.stdout
+    assert Path("out/report.html").read_text() == page
+
+
+def test_unexpected_failures_are_one_line_and_debug_shows_where(run, monkeypatch, potentials, labelled):
+    import equimd.analysis.accuracy as accuracy
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(accuracy, "evaluate_accuracy", broken)
+    result = run("evaluate", potentials["equivariant"], labelled)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line == ("equimd: error: ZeroDivisionError: division by zero (EQUIMD_DEBUG=1 or equimd --debug shows where)")
+    debugged = run("--debug", "evaluate", potentials["equivariant"], labelled)
+    assert isinstance(debugged.exception, ZeroDivisionError)
+
+
+def test_an_interrupt_is_one_line(run, monkeypatch, potentials, labelled):
+    import equimd.analysis.accuracy as accuracy
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "evaluate_accuracy", interrupted)
+    result = run("evaluate", potentials["equivariant"], labelled)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == ["equimd: error: interrupted; files written so far are whole and stay"]
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "equimd", "report", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("equimd: error: cannot read nowhere")
+    assert app is not None
