@@ -8,7 +8,6 @@ import sys
 from ase import units
 from ase.io import read
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
 from equimd import EquimdCalculator
 from equimd.models.checkpoint import find_potential
@@ -18,7 +17,6 @@ def main(steps: int) -> None:
     name = "ethanol-equivariant"
     atoms = read(find_potential(name) / "start.xyz")
     atoms.calc = EquimdCalculator(name)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=300)
     md = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs)
 
     def report() -> None:
