@@ -74,7 +74,9 @@ class H5MDWriter:
         if append:
             with h5py.File(self.path, "r") as file:
                 self.n_frames = _dataset(file, ELEMENTS["position"].path + "/value").shape[0]
-                boundary = [_text(name) == "periodic" for name in np.asarray(_group(file, GROUP + "/box").attrs["boundary"])]
+                boundary = [
+                    _text(name) == "periodic" for name in np.asarray(_group(file, GROUP + "/box").attrs["boundary"])
+                ]
                 species = _dataset(file, GROUP + "/species")[()]
                 self._system = (species, np.array(boundary), _dataset(file, GROUP + "/mass")[()])
 

@@ -141,10 +141,12 @@ def _source(path: Path, topology: Path | None, units: UnitSpec | None, keys: Lab
             lambda: tables.count_database(path),
         )
     if suffix in MDTRAJ_SUFFIXES or (suffix in HDF5_SUFFIXES and not _is_h5md(path)):
-        from equimd.frames.trajectories import MdtrajTrajectory
+        from equimd.frames.trajectories import MdtrajHDF5, MdtrajTrajectory
 
         _refuse_options(path, units=units, keys=keys)
-        trajectory = MdtrajTrajectory(path, topology, _elements(topology))
+        numbers = _elements(topology)
+        in_hdf5 = suffix in HDF5_SUFFIXES
+        trajectory = MdtrajHDF5(path, numbers) if in_hdf5 else MdtrajTrajectory(path, topology, numbers)
         return Source(trajectory.frames, trajectory.count)
     if suffix in HDF5_SUFFIXES:
         from equimd.frames.h5md_reader import H5MDReader
