@@ -27,7 +27,7 @@ def _frames(name: str, split: str) -> list[Atoms]:
 
 
 def test_there_are_data_sets():
-    assert {"ethanol", "alanine-dipeptide"} <= set(SETS) <= set(N_ATOMS)
+    assert set(SETS) == set(N_ATOMS)
 
 
 def test_the_folder_is_small():
