@@ -108,7 +108,7 @@ class _Training:
         self.hours_before = self.progress.device_hours
         self.fraction_before: float | None = None
         self.started = self.saved = time.monotonic()
-        self.train_seconds, self.train_frames, self.lr = 0.0, 0, math.nan
+        self.train_seconds, self.train_frames = 0.0, 0
         self.progress.sessions += 1
 
     def run(self) -> TrainingResult:
@@ -154,7 +154,7 @@ class _Training:
                 f"the gradient is {float(norm)} at step {p.step}; lower optimizer.lr ({recipe.optimizer.lr:g}) or"
                 " optimizer.gradient_clip, or look for frames with huge forces"
             )
-        self.lr = set_learning_rate(self.optimizers, learning_rate_factor(recipe.schedule, p.step, fraction))
+        p.lr = set_learning_rate(self.optimizers, learning_rate_factor(recipe.schedule, p.step, fraction))
         for optimizer in self.optimizers:
             optimizer.step()
         p.step += 1
@@ -181,7 +181,7 @@ class _Training:
         row = {
             "step": p.step,
             "epoch": p.epoch,
-            "lr": self.lr,
+            "lr": p.lr,
             "train_loss": mean[0],
             "train_energy_rmse_meV_per_atom": milli * math.sqrt(mean[1]),
             "train_force_rmse_meV_per_A": milli * math.sqrt(mean[2]),

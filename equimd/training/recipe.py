@@ -252,7 +252,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    problems = error.errors()
+    # A typo comes before the key that is missing because of it.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     *parents, last = first["loc"] or ("",)
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

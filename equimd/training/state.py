@@ -33,6 +33,7 @@ class Progress(BaseModel):
     frames_seen: int = 0
     sums: list[float] = [0.0, 0.0, 0.0, 0.0]
     n_sums: int = 0
+    lr: float | None = None
     best: float | None = None
     best_step: int = 0
     stale: int = 0

@@ -1,0 +1,221 @@
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ase.io import read, write
+from safetensors.torch import load_file
+from training_samples import TINY
+
+from equimd.errors import InputError
+from equimd.models.checkpoint import load_checkpoint
+from equimd.training import TrainingDivergedError, train
+from equimd.training.recipe import make_recipe
+from equimd.training.reporting import COLUMNS, MetricsFile
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# What may differ between a training that was killed and one that was not.
+WALL_CLOCK = {"device_hours", "frames_per_s"}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "last.safetensors", "state.safetensors"):
+        one, other = load_file(a / name), load_file(b / name)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), (name, key)
+    kept = [[{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows(run)] for run in (a, b)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("family", ["transformer", "equivariant"])
+def test_training_learns_and_writes_everything(folder, values, family):
+    values |= {"model": TINY[family], "steps": 60, "optimizer": {"lr": 2e-2}, "batch": {"n_frames": 8}}
+    values["data"]["test"] = "test.xyz"
+    values["ema"] = {"decay": 0.8}
+    result = train(make_recipe(values, folder), folder / "run", progress=False)
+    table = rows(folder / "run")
+    assert list(table[0]) == list(COLUMNS)
+    assert [int(row["epoch"]) for row in table] == list(range(1, 21))
+    assert float(table[-1]["valid_force_mae_meV_per_A"]) < 0.7 * float(table[0]["valid_force_mae_meV_per_A"])
+    assert result.stopped == "finished"
+    assert result.steps == 60
+    assert result.test is not None
+    assert result.test.n_frames == 6
+    potential, header = load_checkpoint(folder / "run" / "model.safetensors", dtype="float64")
+    assert potential.family == result.family == family
+    assert header["recipe"]["steps"] == 60
+    assert header["ledger"]["steps"] == 60
+    assert set(header["data_sha256"]) == {"train.xyz", "valid.xyz", "test.xyz"}
+    percent = float(table[-1]["percent_of_loss"])
+    if family == "equivariant":
+        assert percent < 1e-20  # float64: squares of 1e-16 beside errors of order one
+        assert header["settings"]["avg_num_neighbors"] > 1
+    else:
+        assert percent > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_training_continues_bit_for_bit(folder, values, optimizer):
+    values |= {"steps": 24, "checkpoint": {"steps": 3, "minutes": None}, "optimizer": {"name": optimizer}}
+    values |= {"model": TINY["equivariant" if optimizer == "muon" else "transformer"], "augmentation": {"rotate": True}}
+    values["early_stopping"] = {"patience": 50}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    code = "import sys; from equimd.training import train; train(sys.argv[1], sys.argv[2], progress=False)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(folder / "recipe.yaml"), str(folder / "killed")])
+    try:
+        while not (folder / "killed" / "state.safetensors").exists() and child.poll() is None:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0.0, 0.1))  # any moment will do
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    train(folder / "recipe.yaml", folder / "killed", resume=True, progress=False)
+    train(folder / "recipe.yaml", folder / "whole", progress=False)
+    assert_same_run(folder / "killed", folder / "whole")
+
+
+class Killed(BaseException):
+    """Stands for a kill at a chosen moment."""
+
+
+@pytest.mark.parametrize("moment", ["mid-epoch", "before validation", "after validation", "at the end"])
+def test_resume_from_every_kind_of_moment(folder, values, monkeypatch, moment):
+    from equimd.training import loop
+
+    values |= {"steps": 10, "checkpoint": {"steps": 2, "minutes": None}}  # 4 steps in an epoch
+    recipe = make_recipe(values, folder)
+    train(recipe, folder / "whole", progress=False)
+    name, calls = {
+        "mid-epoch": ("step", 7),
+        "before validation": ("validate", 1),
+        "after validation": ("step", 5),
+        "at the end": ("finish", 1),
+    }[moment]
+    original = getattr(loop._Training, name)
+    count = 0
+
+    def dies(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, name, dies)
+        with pytest.raises(Killed):
+            train(recipe, folder / "killed", progress=False)
+    result = train(recipe, folder / "killed", resume=True, progress=False)
+    assert_same_run(folder / "killed", folder / "whole")
+    assert result.sessions == 2
+    again = train(recipe, folder / "killed", resume=True, progress=False)  # finished: nothing is trained any more
+    assert again.steps == 10
+    assert_same_run(folder / "killed", folder / "whole")
+
+
+def test_the_comparison_would_notice_a_difference(folder, values):
+    train(make_recipe(values, folder), folder / "a", progress=False)
+    train(make_recipe({**values, "seed": 4}, folder), folder / "b", progress=False)
+    with pytest.raises(AssertionError):
+        assert_same_run(folder / "a", folder / "b")
+
+
+def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
+    from equimd.training import loop
+
+    clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(loop, "time", Time)
+    values["checkpoint"] = {"steps": 2, "minutes": None}
+    first = train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "run", progress=False)
+    assert first.stopped == "budget"
+    assert first.steps < 10
+    assert first.device_hours * 60 >= 5.0
+    again = train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "run", resume=True, progress=False)
+    assert again.device_hours > first.device_hours
+    assert again.sessions == 2
+
+
+def test_early_stopping(folder, values):
+    values |= {"steps": 400, "early_stopping": {"patience": 1}, "optimizer": {"lr": 1e-300}}
+    values["validation"] = {"metric": "energy_rmse", "symmetry_frames": 0}
+    result = train(make_recipe(values, folder), folder / "run", progress=False)
+    assert result.stopped == "early stopping"
+    assert result.steps == 8  # the weights do not move, so the second of two validations is no better
+    assert result.best_step == 4
+    assert result.symmetry is None
+
+
+def test_refusals(folder, values):
+    (folder / "run").mkdir()
+    (folder / "run" / "something").write_text("x")
+    with pytest.raises(InputError, match="exists already"):
+        train(make_recipe(values, folder), folder / "run", progress=False)
+    with pytest.raises(InputError, match="is a file"):
+        train(make_recipe(values, folder), folder / "train.xyz", progress=False)
+    with pytest.raises(InputError, match=r"loss.stress is 1 but train.xyz has no stress labels"):
+        train(make_recipe({**values, "loss": {"stress": 1.0}}, folder), folder / "new", progress=False)
+    for change, said in (
+        ({"isolated_atom_energies": {"H": 0.0, "C": 0.0}}, "no isolated-atom energy"),
+        ({"valid": "missing.xyz"}, "no such file"),
+        ({"n_train": 99}, "n_train is 99; the file has 24 frames"),
+        ({"units": {"energi": "eV"}}, "data.units"),
+    ):
+        recipe = make_recipe({**values, "data": {**values["data"], **change}}, folder)
+        with pytest.raises(InputError, match=said):
+            train(recipe, folder / "new", progress=False)
+    assert not (folder / "new").exists()
+
+
+def test_resume_refuses_another_recipe_and_other_data(folder, values):
+    train(make_recipe(values, folder), folder / "run", progress=False)
+    changed = make_recipe({**values, "optimizer": {"lr": 1e-3}}, folder)
+    with pytest.raises(InputError, match=r"recipe.optimizer.lr was 0.002 and is now 0.001"):
+        train(changed, folder / "run", resume=True, progress=False)
+    frames = read(folder / "train.xyz", ":")
+    write(folder / "train.xyz", frames[1:], format="extxyz")
+    with pytest.raises(InputError, match=r"data_sha256.train.xyz was"):
+        train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+
+
+def test_divergence_is_said(folder, values, monkeypatch):
+    from equimd.training import loop
+
+    monkeypatch.setattr(loop, "gradient_norm", lambda parameters, limit: torch.tensor(float("inf")))
+    with pytest.raises(TrainingDivergedError, match=r"gradient is inf at step 0; lower optimizer.lr"):
+        train(make_recipe(values, folder), folder / "run", progress=False)
+
+
+def test_metrics_are_cut_back_to_the_state(tmp_path):
+    metrics = MetricsFile(tmp_path, 0)
+    for step in range(4):
+        metrics.append({"step": step, "lr": 0.1, "l_mean": float("nan")})
+    again = MetricsFile(tmp_path, 2)
+    again.append({"step": 99})
+    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "99"]
+    assert rows(tmp_path)[0]["l_mean"] == ""
+    with pytest.raises(InputError, match="fewer than the 7 rows"):
+        MetricsFile(tmp_path, 7)
+
+
+def test_log_lines_without_a_terminal(folder, values, capsys):
+    train(make_recipe(values, folder), folder / "run")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("F MAE") == len(rows(folder / "run"))

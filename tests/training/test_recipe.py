@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import yaml
+
+from equimd.errors import InputError
+from equimd.training.recipe import load_recipe, make_recipe
+
+
+def test_defaults_follow_the_family(values):
+    recipe = make_recipe(values)
+    assert recipe.rotates
+    values["model"] = {"family": "equivariant"}
+    assert not make_recipe(values).rotates
+    values["augmentation"] = {"rotate": True}
+    assert make_recipe(values).rotates
+
+
+@pytest.mark.parametrize(
+    ("section", "typo", "nearest"),
+    [
+        (None, "epoch", "epochs"),
+        ("optimizer", "learning_rate", "lr"),
+        ("optimizer", "weight_decy", "weight_decay"),
+        ("model", "d_modle", "d_model"),
+        ("loss", "force", "forces"),
+        ("early_stopping", "patiense", "patience"),
+    ],
+)
+def test_a_typo_is_refused_with_the_nearest_name(values, section, typo, nearest):
+    target = values if section is None else values.setdefault(section, {})
+    target[typo] = 1
+    with pytest.raises(InputError) as caught:
+        make_recipe(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert typo in message
+    assert f"did you mean {nearest!r}" in message or nearest in message.split("accepted are")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optimizer": {"lr": -1}}, "optimizer.lr is -1"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer.name is 'sgd'"),
+        ({"model": {"family": "mace"}}, "mace"),
+        ({"steps": None}, "either epochs or steps"),
+        ({"epochs": 3}, "either epochs or steps"),
+        ({"batch": {}}, "n_frames"),
+        ({"data": {"train": "a"}}, "data.valid"),
+        ({"seed": "x"}, "seed is 'x'"),
+    ],
+)
+def test_bad_values_are_one_line(values, change, said):
+    with pytest.raises(InputError) as caught:
+        make_recipe({**values, **change})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_overrides_and_paths(tmp_path, values):
+    (tmp_path / "in").mkdir()
+    values["data"]["isolated_atom_energies"] = "info.json"
+    (tmp_path / "in" / "info.json").write_text(json.dumps({"isolated_atom_energies": {"H": -1.0}, "more": 1}))
+    path = tmp_path / "in" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    recipe = load_recipe(path, ["optimizer.lr=1e-4", "loss.last.fraction=0.1", "steps=7"])
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.loss.last is not None
+    assert recipe.loss.last.fraction == 0.1
+    assert recipe.steps == 7
+    assert recipe.path(recipe.data.train) == tmp_path / "in" / "train.xyz"
+    assert recipe.isolated_atom_energies() == {1: -1.0}
+    with pytest.raises(InputError, match="key=value"):
+        load_recipe(path, ["steps"])
+    with pytest.raises(InputError, match="did you mean 'steps'"):
+        load_recipe(path, ["stepps=3"])
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n", ""])
+def test_files_that_are_no_recipe(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="recipe"):
+        load_recipe(path)
+    with pytest.raises(InputError, match="cannot read"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+def test_isolated_atom_energies_are_checked(tmp_path, values):
+    values["data"]["isolated_atom_energies"] = {"Xx": 1.0}
+    with pytest.raises(InputError, match="'Xx'"):
+        make_recipe(values).isolated_atom_energies()
+    values["data"]["isolated_atom_energies"] = "info.json"
+    with pytest.raises(InputError, match="cannot read"):
+        make_recipe(values, tmp_path).isolated_atom_energies()
+    (tmp_path / "info.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no table"):
+        make_recipe(values, tmp_path).isolated_atom_energies()
