@@ -1,9 +1,14 @@
 """Structures, labelled data sets and trajectories: read, written and checked as `ase.Atoms`."""
 
+from typing import TYPE_CHECKING
+
 from equimd.frames.checks import check_plausible, check_structure
 from equimd.frames.labels import LabelKeys, UnitSpec, labels_of, require_labels, strip_labels
 from equimd.frames.reading import Frames, PlausibilityWarning, read_frames, read_list
 from equimd.frames.writing import write_frames
+
+if TYPE_CHECKING:
+    from equimd.frames.h5md import H5MDWriter
 
 __all__ = [
     "Frames",
