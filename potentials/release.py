@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- potentials: begin -->", "<!-- potentials: end -->"
-SYMMETRY_FRAMES = 40
+SYMMETRY_FRAMES = 12
 
 
 def main() -> None:
