@@ -120,7 +120,8 @@ def _methods(result: CompareResult) -> str:
         f"Verdict: below three rounding floors exact; below {NEGLIGIBLE:g} of the force error negligible here; up to "
         f"{VISIBLE:g} visible; above, dominant.",
         f"NVE: {nve:g} ps from the end of the Langevin run; drift by least squares, with a standard error that "
-        "respects autocorrelation. Speed: median over blocks of MD steps after a warm-up; a device-hour is one hour of "
+        "respects autocorrelation but cannot know of changes slower than the run. Speed: median over blocks of MD "
+        "steps after a warm-up; a device-hour is one hour of "
         f"{first.throughput.device}.",
     ]
     if check is not None:
@@ -141,7 +142,7 @@ def _footer(result: CompareResult) -> str:
     p = result.provenance
     versions = " · ".join(f"{name} {version}" for name, version in p.versions.items() if version != "not installed")
     devices = sorted({f"{q.throughput.device}, {q.throughput.dtype}" for q in result.potentials})
-    machine = f"{p.processor}, {p.n_threads} threads; {'; '.join(devices)}; {result.wall_seconds:.0f} s in all"
+    machine = f"{p.processor}, threads: {p.n_threads}; {'; '.join(devices)}; {result.wall_seconds:.0f} s in all"
     return (
         f"<footer>\n<p>{escape(p.date)} · {escape(machine)}</p>\n"
         f"<p>python {escape(p.python)} · {escape(versions)}</p>\n"

@@ -59,12 +59,20 @@ def test_words_name_the_better_the_faster_and_the_drift():
     words = " ".join(in_words(make_result().potentials))
     assert "ethanol-equivariant has the smaller force error" in words
     assert "ethanol-transformer runs" in words
-    assert "No run gains or loses energy" in words
+    assert "no run gains or loses more energy than it fluctuates by" in words
 
 
-def test_a_drift_beyond_two_standard_errors_is_named():
+def drifting(fluctuations: float, errors: float):
+    """A potential whose energy changes by so many fluctuations over the run, and so many standard errors."""
     p = make_result().potentials[0]
-    drifting = p.model_copy(update={"nve": p.nve.model_copy(update={"drift_mev_per_atom_per_ps": 3 * p.nve.stderr})})
-    assert drift_is_significant(drifting)
-    assert not drift_is_significant(p)
-    assert "drifts beyond two standard errors" in in_words([drifting])[-1]
+    drift = fluctuations * p.nve.fluctuation_mev_per_atom / p.nve.duration_ps
+    update = {"drift_mev_per_atom_per_ps": drift, "stderr": abs(drift) / errors}
+    return p.model_copy(update={"nve": p.nve.model_copy(update=update)})
+
+
+def test_a_drift_counts_beyond_two_standard_errors_and_two_fluctuations():
+    assert drift_is_significant(drifting(3, 3))
+    assert drift_is_significant(drifting(-3, 3))
+    assert not drift_is_significant(drifting(3, 1))
+    assert not drift_is_significant(drifting(1, 3))
+    assert "Energy drifts in NVE with ethanol-equivariant by −" in in_words([drifting(-3, 3)])[-1]
