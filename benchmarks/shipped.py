@@ -41,7 +41,9 @@ def simulate(name: str, output: Path, atoms: Atoms, settings: MDSettings) -> lis
     """Run or resume, and read the frames."""
     resume = output.with_name(output.name + ".state.json").exists()
     result = run_md(atoms, EquimdCalculator(name), settings, output, resume=resume)
-    print(f"{output.name}: {result.time_ps:g} ps, {result.mean_temperature_K:.0f} K, {result.stopped or 'finished'}")
+    if result.stopped is not None:
+        raise RuntimeError(f"{output.name}: {result.stopped}")
+    print(f"{output.name}: {result.time_ps:g} ps, {result.mean_temperature_K:.0f} K")
     return read_list(output)
 
 

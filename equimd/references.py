@@ -16,6 +16,8 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 
+from equimd.errors import InputError
+
 METHODS = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 
 # With tblite's default (1.0) forces carry an error of 6e-5 eV/Å from the self-consistent cycle, with 0.01 of 3e-7, for
@@ -39,12 +41,12 @@ def reference_calculator(name: str, *, charge: int = 0, multiplicity: int = 1) -
         multiplicity: Spin multiplicity 2S + 1.
 
     Raises:
-        ValueError: if the name is not known, or the multiplicity is below 1.
+        InputError: if the name is not known, or the multiplicity is below 1.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown reference {name!r}; accepted: {', '.join(METHODS)}")
+        raise InputError(f"unknown reference {name!r}; accepted: {', '.join(METHODS)}")
     if multiplicity < 1:
-        raise ValueError(f"multiplicity is {multiplicity}; accepted: 1 (singlet), 2 (doublet), ...")
+        raise InputError(f"multiplicity is {multiplicity}; accepted: 1 (singlet), 2 (doublet), ...")
     settings = {"charge": charge, "multiplicity": multiplicity, "accuracy": ACCURACY, "verbosity": 0}
     return _import_tblite()(method=METHODS[name], **settings)
 
@@ -64,12 +66,12 @@ def label(
         progress: Called with the number of frames done, after each.
 
     Raises:
-        ValueError: if the name is not known, or `processes` is below 1.
+        InputError: if the name is not known, or `processes` is below 1.
         ase.calculators.calculator.CalculationFailed: if a self-consistent cycle does not converge.
     """
     reference_calculator(name)  # refuses an unknown name here rather than in a worker
     if processes < 1:
-        raise ValueError(f"processes is {processes}; accepted: 1 or more")
+        raise InputError(f"processes is {processes}; accepted: 1 or more")
     bare = [_bare(atoms) for atoms in frames]
     labelled: list[Atoms] = []
     with _labels(bare, name, min(processes, len(bare))) as results:
@@ -85,13 +87,13 @@ def isolated_atom_energies(name: str, numbers: Iterable[int]) -> dict[int, float
     """The energy (eV) of one neutral atom in its ground-state multiplicity, for each distinct atomic number.
 
     Raises:
-        ValueError: if the name is not known, or an element's multiplicity is not in `GROUND_STATE_MULTIPLICITIES`.
+        InputError: if the name is not known, or an element's multiplicity is not in `GROUND_STATE_MULTIPLICITIES`.
     """
     energies: dict[int, float] = {}
     for number in sorted({int(number) for number in numbers}):
         if number not in GROUND_STATE_MULTIPLICITIES:
             accepted = ", ".join(chemical_symbols[known] for known in GROUND_STATE_MULTIPLICITIES)
-            raise ValueError(f"no ground-state multiplicity for atomic number {number}; accepted: {accepted}")
+            raise InputError(f"no ground-state multiplicity for atomic number {number}; accepted: {accepted}")
         atom = Atoms(numbers=[number], positions=[(0.0, 0.0, 0.0)])
         atom.calc = reference_calculator(name, multiplicity=GROUND_STATE_MULTIPLICITIES[number])
         energies[number] = float(atom.get_potential_energy())

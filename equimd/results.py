@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -77,6 +78,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _n_threads() -> int:
+    """Threads torch computes with where it is loaded, else the cores there are."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else os.cpu_count() or 1
+
+
 def provenance(n_threads: int | None = None, **extra_versions: Any) -> Provenance:
     """Date, processor, thread count and package versions of this process."""
     packages = ("equimd", "torch", "e3nn", "numpy", "numba", "ase", "openmm", "vesin", "tblite")
@@ -84,6 +91,6 @@ def provenance(n_threads: int | None = None, **extra_versions: Any) -> Provenanc
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         python=platform.python_version(),
         processor=_processor(),
-        n_threads=n_threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        n_threads=n_threads or _n_threads(),
         versions={name: _version(name) for name in packages} | extra_versions,
     )

@@ -124,7 +124,12 @@ def evaluate_rotated(field: ForceField, frame: Atoms, rotations: np.ndarray) -> 
 
 
 def in_precision(field: ForceField, dtype: str) -> ForceField | None:
-    """The same force field in "float32" or "float64", or None where it has one precision only."""
+    """The same force field in "float32" or "float64", or None where it has one precision only.
+
+    None, too, for a ``stochastic`` one: its two precisions would differ by more than rounding.
+    """
+    if getattr(field, "stochastic", False):
+        return None
     if field.dtype == dtype:
         return field
     change = getattr(field, "with_dtype", None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from openmm import PythonForce, State, System, unit
 from openmm.app import Topology
-from openmmml.mlpotential import MLPotentialImpl, MLPotentialImplFactory
+from openmmml.mlpotential import MLPotentialImpl
 
 from equimd.errors import InputError
 from equimd.rotations import rotate_back_vectors, rotate_vectors
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
 _PRECISIONS = {"single": "float32", "double": "float64"}
 _ENERGY_TYPES = ("energy", "interaction_energy")
-
-
-class EquimdPotentialImplFactory(MLPotentialImplFactory):
-    """Makes ``MLPotential("equimd", modelPath=...)``."""
-
-    def createImpl(self, name: str, modelPath: "str | Path | Potential | None" = None, **args: Any) -> MLPotentialImpl:
-        """The potential of that name or path; a Potential object works too, but cannot be serialised."""
-        if modelPath is None:
-            raise InputError(f"MLPotential({name!r}) needs modelPath=..., a potential's name or path")
-        if args:
-            raise InputError(f"MLPotential({name!r}) got {', '.join(sorted(args))}; accepted is modelPath")
-        return EquimdPotentialImpl(modelPath)
 
 
 class EquimdPotentialImpl(MLPotentialImpl):

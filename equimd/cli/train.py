@@ -33,7 +33,7 @@ def train(
         which = "test" if result.test else "validation"
         rows = [
             (f"Force error (MAE), {which}", number(test.force_mae, 1e3), "meV/Å"),
-            (f"Energy error (MAE), {which}", number(test.energy_mae, 1e3), "meV/atom"),
+            (f"Energy error (MAE), {which}", number(test.energy_per_atom_mae, 1e3), "meV/atom"),
             ("Steps", f"{result.steps:,}", ""),
             ("Cost", number(result.device_hours), f"device-hours ({result.device})"),
         ]

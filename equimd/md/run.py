@@ -18,6 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
 from equimd.frames import check_structure
+from equimd.frames.transaction import recover
 from equimd.md.integrators import Integrator
 from equimd.md.output import Output, open_output
 from equimd.md.settings import MDSettings
@@ -76,6 +77,7 @@ def run_md(
     state = _read_state(state_path, settings, atoms) if resume and (path.exists() or state_path.exists()) else None
     if state is not None and state["mark"] == 0:  # killed before the first frames were flushed
         state = None
+        recover(path)  # so that no journal of the first flush is left to be replayed
         path.unlink(missing_ok=True)
     sink = open_output(path, append=state is not None)
     if state is not None:

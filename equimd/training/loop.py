@@ -63,9 +63,9 @@ class TrainingResult(Result):
 
 
 def train(
-    recipe: Recipe | str | Path, run_dir: str | Path, resume: bool = False, progress: bool = True
+    recipe: Recipe | str | Path, run_dir: str | Path | None = None, resume: bool = False, progress: bool = True
 ) -> TrainingResult:
-    """Train a potential as ``recipe`` says; everything is written to ``run_dir``.
+    """Train a potential as ``recipe`` says; everything is written to ``run_dir``, runs/<name> unless given.
 
     model.safetensors (the best average of the weights), last.safetensors, metrics.csv (a row per validation),
     state.safetensors (for a resume), result.json. With ``resume`` a training that was killed at any moment continues
@@ -78,7 +78,7 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    folder = Path(run_dir)
+    folder = Path("runs") / recipe.name if run_dir is None else Path(run_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; accepted is a folder that does not exist yet")
     if not resume and folder.exists() and any(folder.iterdir()):

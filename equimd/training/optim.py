@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from equimd.training.recipe import OptimizerSection, ScheduleSection
 
@@ -30,6 +30,8 @@ def make_optimizers(potential: nn.Module, section: OptimizerSection) -> list[Opt
     if groups:
         optimizers.append(AdamW(groups, lr=section.lr, betas=section.betas, fused=True))
     if matrices:
+        from torch.optim import Muon  # torch 2.9 and later
+
         lr = section.muon_lr or section.lr
         optimizers.append(Muon(matrices, lr=lr, weight_decay=section.weight_decay, adjust_lr_fn="match_rms_adamw"))
     for optimizer in optimizers:

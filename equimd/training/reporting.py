@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from equimd.errors import InputError
+from equimd.results import write_text_atomically
 
 METRICS_FILE = "metrics.csv"
 COLUMNS = (
@@ -44,7 +45,10 @@ class MetricsFile:
             if len(lines) < rows + 1:
                 raise InputError(f"cannot resume: {self.path} has fewer than the {rows} rows that were written")
             kept = "".join(lines[: rows + 1])
-        _write(self.path, "w", kept)
+        try:
+            write_text_atomically(self.path, kept)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; numbers with seven significant digits, empty where there is none."""

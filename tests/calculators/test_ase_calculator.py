@@ -67,7 +67,7 @@ def test_stress_is_voigt_of_the_raw_tensor_which_is_kept():
     wanted = [raw[0, 0], raw[1, 1], raw[2, 2], raw[1, 2] + raw[2, 1], raw[0, 2] + raw[2, 0], raw[0, 1] + raw[1, 0]]
     np.testing.assert_allclose(stress, np.array(wanted) / [1, 1, 1, 2, 2, 2], rtol=1e-12)
     np.testing.assert_allclose(atoms.get_stress(voigt=False), voigt_6_to_full_3x3_stress(stress))
-    assert not hasattr(atoms.calc.results, "stress_tensor")
+    assert "stress_tensor" not in atoms.calc.results
 
 
 def test_stress_has_ases_sign_order_and_unit():
@@ -596,3 +596,13 @@ def test_energy_is_conserved_in_molecular_dynamics():
     motion.run(60)
     kinetic = atoms.get_kinetic_energy()
     assert np.ptp(energies) < 1e-3 * kinetic
+
+
+def test_a_stochastic_calculator_has_no_second_precision_to_measure_a_floor_with():
+    from equimd.calculators.forcefield import in_precision
+
+    model = toys.ToyPotential()
+    plain = EquimdCalculator(model, self_check=False)
+    stochastic = EquimdCalculator(model, symmetrize="random", self_check=False)
+    assert in_precision(plain, "float64") is not None
+    assert in_precision(stochastic, "float64") is None

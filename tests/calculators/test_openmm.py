@@ -17,7 +17,8 @@ from openmm.app import Element, Topology
 from openmmml import MLPotential
 
 from equimd.calculators.ase import EquimdCalculator
-from equimd.calculators.openmm import EquimdForce, EquimdPotentialImplFactory, engine_frame
+from equimd.calculators.openmm import EquimdForce, engine_frame
+from equimd.calculators.openmm_entry import EquimdPotentialImplFactory
 from equimd.errors import InputError
 from equimd.models.checkpoint import build_potential, save_checkpoint
 from equimd.models.equivariant import EquivariantSettings

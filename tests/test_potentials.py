@@ -1,0 +1,59 @@
+"""The shipped potentials are what their cards and the README say."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from equimd.models.checkpoint import list_potentials, load_potential
+from equimd.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "potentials").glob("*/card.yaml"))
+MAX_BYTES = 3_000_000
+
+
+def release():
+    spec = importlib.util.spec_from_file_location("release", ROOT / "potentials" / "release.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request):
+    return request.param
+
+
+def test_both_families_of_ethanol_are_shipped():
+    assert {"ethanol-equivariant", "ethanol-transformer"} <= set(list_potentials())
+
+
+def test_card_describes_the_weights_beside_it(folder):
+    card = yaml.safe_load((folder / "card.yaml").read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    assert card["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert len(weights) < MAX_BYTES
+    potential = load_potential(folder.name)
+    assert potential.family == card["family"]
+    assert sum(p.numel() for p in potential.parameters()) == card["n_parameters"]
+    assert (folder / "start.xyz").exists()
+
+
+def test_recipe_beside_the_weights_is_the_one_they_were_trained_with(folder):
+    recipe = load_recipe(folder / "recipe.yaml")
+    header = load_potential(folder.name).header
+    assert header["recipe"]["steps"] == recipe.steps == header["ledger"]["steps"]
+    assert header["recipe"]["optimizer"] == recipe.optimizer.model_dump(mode="json")
+    assert header["recipe"]["seed"] == recipe.seed
+    assert header["family"] == recipe.model.family
+
+
+def test_readme_shows_the_table_of_the_cards():
+    module = release()
+    cards = [yaml.safe_load((folder / "card.yaml").read_text()) for folder in FOLDERS]
+    assert module.table(cards) in (ROOT / "README.md").read_text()
+    changed = [{**cards[0], "name": "another"}, *cards[1:]]
+    assert module.table(changed) not in (ROOT / "README.md").read_text()
