@@ -139,7 +139,8 @@ def table(cards: list[dict[str, Any]]) -> str:
             f"| {1e3 * test['force_mae']:.1f} / {1e3 * hot['force_mae']:.1f} | {1e3 * test['energy_per_atom_mae']:.2f} "
             f"| {'exact' if symmetry['at_floor'] else format(1e3 * symmetry['force_rmse'], '.2f')} "
             f"| {'0' if symmetry['at_floor'] or share is None else format(share, '.2g')} "
-            f"| {speed['ms_per_step']:.1f}{'*' * speed['unstable']} ({speed['n_atoms']}) | {card['training']['device_hours']:.2f} |"
+            f"| {speed['ms_per_step']:.1f}{'*' * speed['unstable']} ({speed['n_atoms']}) "
+            f"| {card['training']['device_hours']:.2f} |"
         )
     machines = sorted({f"{card['machine']}, {card['date']}" for card in cards})
     note = " * The machine was busy while this was timed." if any(card["speed"]["unstable"] for card in cards) else ""

@@ -1,6 +1,7 @@
 """EquimdCalculator: a potential as an ASE calculator and as a ForceField."""
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,14 @@ class EquimdCalculator(Calculator):
     def todict(self, skip_default: bool = True) -> dict[str, Any]:
         """What ASE's writers store of a calculator."""
         return {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides every prediction to the last bit: name, precision, symmetrisation, SHA-256 of the weights."""
+        weights = hashlib.sha256()
+        for key, tensor in self._base.state_dict().items():
+            weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        symmetrize = dict(self._symmetrize) if isinstance(self._symmetrize, Mapping) else self._symmetrize
+        return {"name": self.name, "dtype": self.dtype, "symmetrize": symmetrize, "weights": weights.hexdigest()}
 
     # --- ASE ---------------------------------------------------------------------------------------------------------
 

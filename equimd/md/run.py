@@ -154,10 +154,13 @@ class _Run:
         if state is None and not atoms.get_momenta().any():
             atoms.set_momenta(thermal_momenta(atoms, settings.temperature_K, rng))
         self.integrator = Integrator(atoms, settings, rng)
+        self.fingerprint = _fingerprint(atoms.calc)
         if state is not None:
             self.step, self.n_frames = state["step"], state["n_frames"]
             self.temperature_sum = state["temperature_sum"]
             self.integrator.restore(state["integrator"])
+            if state["n_calls"] is not None:  # a potential that turns at random goes on where it was
+                _potential(atoms.calc).n_calls = state["n_calls"]
 
     def advance(self) -> None:
         """One step, and a look at what it did."""
@@ -211,7 +214,8 @@ class _Run:
             "temperature_sum": self.temperature_sum,
             "mark": mark,
             "settings": self.settings.model_dump(),
-            "calculator": _name(atoms.calc),
+            "calculator": self.fingerprint,
+            "n_calls": getattr(_potential(atoms.calc), "n_calls", None),
             "numbers": atoms.numbers.tolist(),
             "positions": atoms.positions.tolist(),
             "momenta": atoms.get_momenta().tolist(),
@@ -243,8 +247,7 @@ def _advance(run: _Run, sink: Output, checkpoint: Callable[[], None], progress: 
 
 def _prepared(atoms: Atoms, calculator: Any) -> Atoms:
     """A copy of the structure with the calculator, checked."""
-    potential = getattr(calculator, "potential", None)
-    check_structure(atoms, getattr(potential, "species", None))
+    check_structure(atoms, getattr(_potential(calculator), "species", None))
     atoms = atoms.copy()
     calculator.reset()
     atoms.calc = calculator
@@ -260,13 +263,25 @@ def _read_state(path: Path, settings: MDSettings, atoms: Atoms) -> dict[str, Any
         raise InputError(f"cannot resume: {path} is no checkpoint of a run") from error
     if state["numbers"] != atoms.numbers.tolist():
         raise InputError(f"cannot resume: {path} holds other atoms than the structure given")
-    if state["calculator"] != _name(atoms.calc):
-        raise InputError(f"cannot resume: the run used {state['calculator']}, not {_name(atoms.calc)}")
+    before, now = state["calculator"], _fingerprint(atoms.calc)
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            raise InputError(f"cannot resume: the calculator's {key} was {before.get(key)!r} and is {now.get(key)!r}")
     old, new = state["settings"], settings.model_dump()
     for key in new:
         if key != "steps" and old.get(key) != new[key]:
             raise InputError(f"cannot resume: {key} was {old.get(key)!r} and is {new[key]!r}; only steps may change")
     return state
+
+
+def _potential(calculator: Any) -> Any:
+    return getattr(calculator, "potential", None)
+
+
+def _fingerprint(calculator: Any) -> dict[str, Any]:
+    """What must not change at a resume; in JSON's types."""
+    own = getattr(calculator, "fingerprint", None)
+    return {"name": _name(calculator)} if own is None else json.loads(json.dumps(own()))
 
 
 def _name(calculator: Any) -> str:

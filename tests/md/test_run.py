@@ -315,7 +315,7 @@ def test_outputs_and_settings_that_do_not_fit_are_refused(tmp_path):
         run_md(copper(), EMT(), settings(seed=4), path, resume=True)
     with pytest.raises(InputError, match="holds other atoms"):
         run_md(molecule("H2O"), EMT(), settings(), path, resume=True)
-    with pytest.raises(InputError, match="the run used emt, not lennardjones"):
+    with pytest.raises(InputError, match="name was 'emt' and is 'lennardjones'"):
         run_md(copper(), LennardJones(), settings(), path, resume=True)
     with pytest.raises(InputError, match="does not exist"):
         run_md(copper(), EMT(), settings(), tmp_path / "no" / "a.h5")
