@@ -17,7 +17,7 @@ def main(steps: int) -> None:
     name = "ethanol-equivariant"
     atoms = read(find_potential(name) / "start.xyz")
     atoms.calc = EquimdCalculator(name)
-    md = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs)
+    md = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False)
 
     def report() -> None:
         print(f"{md.nsteps * 0.5:8.1f} fs  {atoms.get_potential_energy():.4f} eV  {atoms.get_temperature():6.1f} K")

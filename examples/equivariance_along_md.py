@@ -18,7 +18,7 @@ def main(steps: int) -> None:
     atoms = read(find_potential(name) / "start.xyz")
     atoms.calc = EquimdCalculator(name)
     frames = []
-    md = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs)
+    md = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False)
     md.attach(lambda: frames.append(atoms.copy()), interval=20)
     md.run(steps)
 
