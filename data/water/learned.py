@@ -22,6 +22,7 @@ from equimd.training import make_recipe, train
 
 FRICTION_PER_FS = 0.02
 LOOK_FS = 20.0  # how often a trajectory is looked at
+CONTACTS = {1: 1.2, 8: 2.2}  # Å; closer than any two in the classical frames
 MAX_FORCE = 15.0  # eV/Å; a trajectory stops beyond it
 RECIPE = {
     "seed": 0,
@@ -96,6 +97,8 @@ def walked(start: Atoms, walk: Walk, model: Path) -> list[Atoms]:
     try:
         for step, frame in iterate_md(start, calculator(model), settings(walk, steps, LOOK_FS)):
             check_bonds(start, [frame])
+            if not walk.keep_last:
+                check_contacts(frame)
             last, age = bare(frame), step * walk.timestep_fs - walk.burn_in_fs
             if age > 0 and age % walk.interval_fs == 0:
                 frames.append(last)
@@ -104,6 +107,22 @@ def walked(start: Atoms, walk: Walk, model: Path) -> list[Atoms]:
         if walk.keep_last and last is not None and last not in frames:
             frames.append(last)
     return frames
+
+
+def check_contacts(frame: Atoms) -> None:
+    """Refuse molecules that a potential let come closer than the reference does.
+
+    Raises:
+        RuntimeError: if atoms of one element in two molecules are closer than `CONTACTS`.
+    """
+    distances = frame.get_all_distances(mic=True)
+    molecule = np.arange(len(frame)) // 3
+    distances[molecule[:, None] == molecule] = np.inf
+    for number, closest in CONTACTS.items():
+        chosen = frame.numbers == number
+        found = distances[np.ix_(chosen, chosen)].min()
+        if found < closest:
+            raise RuntimeError(f"two atoms {number} of different molecules are {found:.2f} Å apart")
 
 
 def walks(starts: Sequence[Atoms], plan: Sequence[Walk], model: Path, processes: int) -> list[list[Atoms]]:

@@ -108,6 +108,32 @@ def emit(result: "Result", target: str | None, show: Callable[[], Any]) -> None:
     Console(highlight=False, soft_wrap=True).print(show())
 
 
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads inside the block; by default OMP_NUM_THREADS, or one.
+
+    Operations on a molecule are too small to share, and threads that wait for each other spin: on a machine that does
+    something else as well they made MD thirty times slower.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"--threads is {count}; accepted is 1 or more")
+    before = os.environ.get("OMP_NUM_THREADS")
+    wanted = str(count) if count is not None else before or "1"
+    os.environ["OMP_NUM_THREADS"] = wanted  # read by libraries that are loaded from here on, and recorded in results
+    import torch
+
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) > 0 else n_before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_before)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
 def grid(title: str, rows: list[tuple[str, str, str]]) -> Any:
     """A small table of label, value and unit."""
     from rich import box

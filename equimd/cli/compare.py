@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equimd.cli.common import Device, Dtype, Json, Seed, check_json, emit, progress
+from equimd.cli.common import Device, Dtype, Json, Seed, check_json, cpu_threads, emit, progress
 
 
 def compare(
@@ -26,6 +26,9 @@ def compare(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; by default OMP_NUM_THREADS or 1, which suits molecules best.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for report and results.")] = Path(
         "equimd-compare"
     ),
@@ -58,10 +61,10 @@ def compare(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-    from equimd.compare import DEFAULT_PAIR
-    from equimd.compare import compare as run
+    with cpu_threads(threads), progress() as bar:
+        from equimd.compare import DEFAULT_PAIR
+        from equimd.compare import compare as run
 
-    with progress() as bar:
         result = run(
             potentials or DEFAULT_PAIR,
             structure,

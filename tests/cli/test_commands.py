@@ -143,6 +143,27 @@ def test_compare_and_report(run, potentials):
     assert Path("out/report.html").read_text() == page
 
 
+def test_threads_are_set_recorded_and_restored(monkeypatch):
+    import os
+
+    import torch
+
+    from equimd.cli.common import cpu_threads
+    from equimd.errors import InputError
+    from equimd.results import provenance
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    for wanted, expected in ((2, 2), (None, 1)):
+        with cpu_threads(wanted):
+            assert torch.get_num_threads() == expected
+            assert provenance().n_threads == expected
+        assert torch.get_num_threads() == before
+        assert "OMP_NUM_THREADS" not in os.environ
+    with pytest.raises(InputError, match="--threads is 0"), cpu_threads(0):
+        pass
+
+
 def test_unexpected_failures_are_one_line_and_debug_shows_where(run, monkeypatch, potentials, labelled):
     import equimd.analysis.accuracy as accuracy
 
