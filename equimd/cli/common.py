@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from equimd.frames import Frames
     from equimd.results import Result
 
+# Below so many atoms one thread is the fastest, or nearly so.
+SMALL = 64
+
 PotentialName = Annotated[str, typer.Argument(metavar="POTENTIAL", help="A name (see equimd info) or a path.")]
 StructureName = Annotated[
     str,
@@ -27,6 +30,9 @@ Json = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
 Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
 Symmetrize = Annotated[str | None, typer.Option(help="average, random or canonical: restore symmetry at inference.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; by default OMP_NUM_THREADS, else one for fewer than 64 atoms.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
 Topology = Annotated[Path | None, typer.Option(help="A file with the elements, for DCD, XTC and TRR.")]
@@ -109,8 +115,8 @@ def emit(result: "Result", target: str | None, show: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """Compute with so many threads inside the block; by default OMP_NUM_THREADS, or one.
+def cpu_threads(count: int | None, n_atoms: int) -> Iterator[None]:
+    """Compute with ``count`` threads inside the block; by default OMP_NUM_THREADS, else one for a small structure.
 
     Operations on a molecule are too small to share, and threads that wait for each other spin: on a machine that does
     something else as well they made MD thirty times slower.
@@ -118,12 +124,12 @@ def cpu_threads(count: int | None) -> Iterator[None]:
     if count is not None and count < 1:
         raise InputError(f"--threads is {count}; accepted is 1 or more")
     before = os.environ.get("OMP_NUM_THREADS")
-    wanted = str(count) if count is not None else before or "1"
-    os.environ["OMP_NUM_THREADS"] = wanted  # read by libraries that are loaded from here on, and recorded in results
     import torch
 
     n_before = torch.get_num_threads()
-    torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) > 0 else n_before)
+    n_wanted = count or (1 if before is None and n_atoms < SMALL else n_before)
+    torch.set_num_threads(n_wanted)
+    os.environ["OMP_NUM_THREADS"] = str(n_wanted)  # what results record, and libraries read that are loaded later
     try:
         yield
     finally:

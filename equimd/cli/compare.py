@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equimd.cli.common import Device, Dtype, Json, Seed, check_json, cpu_threads, emit, progress
+from equimd.cli.common import Device, Dtype, Json, Seed, Threads, check_json, cpu_threads, emit, progress
 
 
 def compare(
@@ -23,12 +23,11 @@ def compare(
     reference: Annotated[
         str | None, typer.Option(help="gfn1-xtb or gfn2-xtb; by default what the potentials were trained on.")
     ] = None,
+    block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; by default OMP_NUM_THREADS or 1, which suits molecules best.")
-    ] = None,
+    threads: Threads = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for report and results.")] = Path(
         "equimd-compare"
     ),
@@ -53,6 +52,7 @@ def compare(
                 "frames": min(frames, steps),
                 "nve_steps": max(10, min(steps, 2000)),
                 "reference": reference,
+                "timing_seconds": block_seconds,
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,
@@ -61,13 +61,15 @@ def compare(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-    with cpu_threads(threads), progress() as bar:
-        from equimd.compare import DEFAULT_PAIR
-        from equimd.compare import compare as run
+    from equimd.compare import DEFAULT_PAIR, start_structure
+    from equimd.compare import compare as run
 
+    names = potentials or list(DEFAULT_PAIR)
+    atoms = start_structure(names, structure)
+    with cpu_threads(threads, len(atoms)), progress() as bar:
         result = run(
-            potentials or DEFAULT_PAIR,
-            structure,
+            names,
+            atoms,
             settings=settings,
             output=output,
             overwrite=overwrite,

@@ -13,7 +13,9 @@ from equimd.cli.common import (
     Seed,
     StructureName,
     Symmetrize,
+    Threads,
     check_json,
+    cpu_threads,
     emit,
     grid,
     make_calculator,
@@ -41,6 +43,7 @@ def md(
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
+    threads: Threads = None,
     json: Json = None,
 ) -> None:
     """Run molecular dynamics; a killed run continues with --resume."""
@@ -62,7 +65,7 @@ def md(
     )
     atoms = read_structure(structure)
     calculator = make_calculator(potential, device, dtype, symmetrize)
-    with progress() as bar:
+    with cpu_threads(threads, len(atoms)), progress() as bar:
         result = run_md(atoms, calculator, settings, output, resume=resume, progress=bar.named("steps"))
 
     def show():  # noqa: ANN202

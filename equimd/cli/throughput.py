@@ -11,7 +11,9 @@ from equimd.cli.common import (
     PotentialName,
     StructureName,
     Symmetrize,
+    Threads,
     check_json,
+    cpu_threads,
     emit,
     grid,
     make_calculator,
@@ -29,6 +31,7 @@ def throughput(
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
+    threads: Threads = None,
     json: Json = None,
 ) -> None:
     """Time of an evaluation and of an MD step, ns per day, memory."""
@@ -38,7 +41,7 @@ def throughput(
     from equimd.analysis.throughput import TimingSettings, measure_throughput
 
     settings = TimingSettings(block_seconds=block_seconds)
-    with progress() as bar:
+    with cpu_threads(threads, len(atoms)), progress() as bar:
         result = measure_throughput(calculator, atoms, timestep, settings=settings, progress=bar.named("blocks"))
 
     def show():  # noqa: ANN202

@@ -1,6 +1,7 @@
 """Each command on a tiny potential: what it prints, what it writes, and that JSON stands alone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import equimd
 from equimd.cli import app
 from equimd.frames import read_list
+
+# The same package in a process of its own, installed or not.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(equimd.__file__).parents[1])}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +42,7 @@ def test_help_and_version(run):
 def test_help_imports_nothing_heavy():
     heavy = "torch numpy ase openmm matplotlib pydantic scipy"
     code = f"import sys, equimd.cli; print([m for m in {heavy.split()} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -129,7 +134,7 @@ def test_train(run, labelled):
 
 def test_compare_and_report(run, potentials):
     names = (potentials["equivariant"], potentials["transformer"])
-    command = ("compare", *names, "--steps", 6, "--frames", 3, "-o", "out")
+    command = ("compare", *names, "--steps", 6, "--frames", 3, "--block-seconds", 0.001, "-o", "out")
     result = run(*command, "--json", "-")
     compared = as_json(result)
     assert [p["name"] for p in compared["potentials"]] == ["tiny-equivariant", "tiny-transformer"]
@@ -144,23 +149,21 @@ def test_compare_and_report(run, potentials):
 
 
 def test_threads_are_set_recorded_and_restored(monkeypatch):
-    import os
-
     import torch
 
     from equimd.cli.common import cpu_threads
     from equimd.errors import InputError
     from equimd.results import provenance
 
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
-    for wanted, expected in ((2, 2), (None, 1)):
-        with cpu_threads(wanted):
+    for variable, count, n_atoms, expected in ((None, 2, 9, 2), (None, None, 9, 1), (None, None, 900, before)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with cpu_threads(count, n_atoms):
             assert torch.get_num_threads() == expected
             assert provenance().n_threads == expected
         assert torch.get_num_threads() == before
-        assert "OMP_NUM_THREADS" not in os.environ
-    with pytest.raises(InputError, match="--threads is 0"), cpu_threads(0):
+        assert os.environ.get("OMP_NUM_THREADS") == variable
+    with pytest.raises(InputError, match="--threads is 0"), cpu_threads(0, 9):
         pass
 
 
@@ -192,7 +195,9 @@ def test_an_interrupt_is_one_line(run, monkeypatch, potentials, labelled):
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "equimd", "report", "nowhere"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "equimd", "report", "nowhere"], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("equimd: error: cannot read nowhere")
