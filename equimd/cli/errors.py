@@ -6,14 +6,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from typer import Abort, Exit
 from typer.core import TyperGroup
 
 from equimd.errors import InputError
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
+# What typer returns in place of KeyboardInterrupt.
+INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
@@ -36,15 +38,16 @@ class Commands(TyperGroup):
             sys.exit(_report(error))
         if code == INTERRUPTED:
             _say("error: interrupted; files written so far are whole and stay")
+            code = FAILED
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(error: Exception) -> Literal[0, 1, 2] | int:
+def _report(error: Exception) -> int:
     if isinstance(error, Exit):
         return error.exit_code
     if isinstance(error, Abort):
         _say("error: interrupted; files written so far are whole and stay")
-        return INTERRUPTED
+        return FAILED
     if _is_usage(error):
         context = getattr(error, "ctx", None)
         if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
