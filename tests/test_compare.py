@@ -97,9 +97,14 @@ def test_series_agree_with_the_pooled_numbers(result):
 def test_the_same_seed_gives_the_same_physics(result, tmp_path):
     again = compare(pair(), water(), settings=SETTINGS, output=tmp_path / "again")
     for before, after in zip(result.potentials, again.potentials, strict=True):
-        assert after.trajectory == before.trajectory
-        assert after.nve_energy == before.nve_energy
-        assert after.parity == before.parity
+        # Sums of two threads, and of differently aligned arrays, differ in their last bits; a few steps amplify little.
+        assert after.trajectory.temperature_K == pytest.approx(before.trajectory.temperature_K, rel=1e-4)
+        assert after.trajectory.force_rmse == pytest.approx(before.trajectory.force_rmse, rel=1e-4)
+        assert after.nve_energy.mev_per_atom == pytest.approx(before.nve_energy.mev_per_atom, abs=1e-2)
+        assert after.parity.reference == pytest.approx(before.parity.reference, abs=1e-4)
+    other = compare(pair(), water(), settings=SETTINGS.model_copy(update={"seed": 1}), output=None)
+    temperatures = [run.potentials[0].trajectory.temperature_K for run in (result, other)]
+    assert temperatures[1] != pytest.approx(temperatures[0], rel=1e-2)
 
 
 def test_progress_names_every_stage(result, stages):
