@@ -129,15 +129,15 @@ def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
     return out
 
 
-def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
+def derived(graph: AtomGraph, key: str, build: Callable[[], T], is_valid: Callable[[T], bool] = lambda _: True) -> T:
     """What a network derives from the edges alone (sort orders, padded layouts): built once per edge list.
 
     Kept outside the graph's fields, so that batching and copying do not see it; rebuilt when ``edge_index`` is another
-    tensor.
+    tensor, or when what is held is not ``is_valid``.
     """
     store = graph.__dict__.setdefault("_derived", {})  # pyright: ignore
     held = store.get(key)
-    if held is None or held[0] is not graph.edge_index:
+    if held is None or held[0] is not graph.edge_index or not is_valid(held[1]):
         held = store[key] = (graph.edge_index, build())
     return held[1]
 

@@ -30,6 +30,7 @@ __all__ = [
     "Path",
     "Topology",
     "convolve",
+    "fuses",
     "irreps_dim",
     "make_layer_plan",
     "make_plan",
@@ -39,7 +40,9 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "reference", "numba"]
+"""Of one convolution. Where whole networks are concerned, "auto" fuses them if their weights are frozen."""
 
+_COMPILED = (torch.float32, torch.float64)
 _chosen: ContextVar[Backend] = ContextVar("_chosen", default="auto")
 
 
@@ -108,10 +111,15 @@ def _choose(backend: Backend, x: Tensor) -> str:
         return backend
     if backend not in ("auto", "numba"):
         raise ValueError(f'backend must be "auto", "reference" or "numba", got {backend!r}')
-    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    supported = x.device.type == "cpu" and x.dtype in _COMPILED
     if backend == "numba" and not supported:
         raise ValueError(f"the numba backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
     return "numba" if supported and (backend == "numba" or _has_numba()) else "reference"
+
+
+def fuses(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether whole networks of frozen weights are compiled: with "auto", on the CPU, in float32 or float64."""
+    return _chosen.get() == "auto" and device.type == "cpu" and dtype in _COMPILED and _has_numba()
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_other, p_ptr, low, high
 '''
 
 
-class _Constants:
+class Constants:
     """Numbers of the kernel's dtype, named once each: a literal would be float64 and widen the arithmetic."""
 
     def __init__(self) -> None:
@@ -51,18 +51,22 @@ class _Constants:
         sign = "+" if value > 0 else "-"
         if abs(abs(value) - 1) < 1e-14:  # round-off of wigner_3j
             return f"{sign} {factor}"
-        return f"{sign} {self.names.setdefault(repr(abs(float(value))), f'C{len(self.names)}')} * {factor}"
+        return f"{sign} {self.name(abs(value))} * {factor}"
+
+    def name(self, value: float) -> str:
+        """The name of a positive number."""
+        return self.names.setdefault(repr(float(value)), f"C{len(self.names)}")
 
 
 def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> str:
     """A module with one C function ``kernel``; ``kind`` is one of KINDS, ``dtype`` is "float32" or "float64"."""
-    constants = _Constants()
+    constants = Constants()
     body = _BODIES[kind](plan, n_channels, constants)
     names = "".join(f"{name} = np.{dtype}({value})\n" for value, name in constants.names.items())
     return _HEADER.format(dtype=dtype, constants=names) + "\n".join(body) + "\n"
 
 
-def _terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
+def path_terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
     """(i, k, [(j, CG[i, j, k]), …]) for every pair (i, k) that some j couples."""
     for i in range(2 * path.l1 + 1):
         for k in range(2 * path.l3 + 1):
@@ -71,21 +75,22 @@ def _terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
                 yield i, k, coupled
 
 
-def _loops(plan: ConvolutionPlan) -> list[list[Path]]:
+def loops(plan: ConvolutionPlan) -> list[list[Path]]:
     """Paths that share one loop over channels, ordered by input rows."""
-    loops: list[list[Path]] = []
+    groups: list[list[Path]] = []
     size = TERMS_PER_LOOP
     for path in sorted(plan.paths, key=lambda p: (p.in_offset, p.sh_offset)):
-        terms = sum(1 for _ in _terms(path))
+        terms = sum(1 for _ in path_terms(path))
         if size + terms > TERMS_PER_LOOP:
-            loops.append([])
+            groups.append([])
             size = 0
-        loops[-1].append(path)
+        groups[-1].append(path)
         size += terms
-    return loops
+    return groups
 
 
-def _sum(terms: list[str]) -> str:
+def signed_sum(terms: list[str]) -> str:
+    """Terms that begin with their sign, as one expression."""
     return " ".join(terms).removeprefix("+ ")
 
 
@@ -102,15 +107,15 @@ def _walk(*at_node: str, at_edge: tuple[str, ...]) -> list[str]:
     return lines + [" " * 12 + line for line in at_edge]
 
 
-def _couplings(plan: ConvolutionPlan, constants: _Constants) -> list[str]:
-    """Scalars a{p}_{i}_{k} of the edge ``e``."""
+def couplings(plan: ConvolutionPlan, constants: Constants, harmonics: str) -> list[str]:
+    """Scalars a{p}_{i}_{k} = Σ_j CG[i, j, k] Y[j] of the edge ``e``."""
     used = sorted({path.sh_offset + j for path in plan.paths for j in range(2 * path.l2 + 1)})
-    lines = [f"y{j} = y[e, {j}]" for j in used]
+    lines = [f"y{j} = {harmonics}[e, {j}]" for j in used]
     for path in plan.paths:
-        for i, k, coupled in _terms(path):
-            value = _sum([constants.term(v, f"y{path.sh_offset + j}") for j, v in coupled])
+        for i, k, coupled in path_terms(path):
+            value = signed_sum([constants.term(v, f"y{path.sh_offset + j}") for j, v in coupled])
             lines.append(f"a{path.weight_index}_{i}_{k} = {value}")
-    return [" " * 12 + line for line in lines]
+    return lines
 
 
 def _loads(name: str, source: str, rows: list[int]) -> list[str]:
@@ -121,46 +126,46 @@ def _loop(n_channels: int, lines: list[str]) -> list[str]:
     return [f"            for c in range({n_channels}):", *(" " * 16 + line for line in lines)]
 
 
-def _forward(plan: ConvolutionPlan, n_channels: int, constants: _Constants) -> list[str]:
+def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> list[str]:
     """out[n, p, k] = Σ_e w[e, p] Σ_i a[i, k] x[sender, i]."""
     lines = _arrays(x=(plan.dim_in, n_channels), y=(plan.dim_sh,), w=(plan.n_paths, n_channels))
     lines += _arrays(out=(plan.dim_out, n_channels))
     lines += _walk("to = out[n]", "to[:] = ZERO", at_edge=("node = x[other[e]]", "weight = w[e]"))
-    lines += _couplings(plan, constants)
-    for paths in _loops(plan):
+    lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+    for paths in loops(plan):
         body = _loads("x", "node", sorted({row for p in paths for row in range(p.in_rows.start, p.in_rows.stop)}))
         for path in paths:
             p = path.weight_index
             sums: dict[int, list[str]] = {}
-            for i, k, _ in _terms(path):
+            for i, k, _ in path_terms(path):
                 sums.setdefault(k, []).append(f"+ a{p}_{i}_{k} * x{path.in_offset + i}")
             body.append(f"r = weight[{p}, c]")
-            body += [f"to[{path.out_offset + k}, c] += r * ({_sum(terms)})" for k, terms in sums.items()]
+            body += [f"to[{path.out_offset + k}, c] += r * ({signed_sum(terms)})" for k, terms in sums.items()]
         lines += _loop(n_channels, body)
     return lines
 
 
-def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: _Constants) -> list[str]:
+def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> list[str]:
     """gx[n, i] = Σ_e Σ_p Σ_k a[i, k] w[e, p] g[receiver, p, k]; ``n`` are senders, ``other`` the receivers."""
     lines = _arrays(y=(plan.dim_sh,), w=(plan.n_paths, n_channels), g=(plan.dim_out, n_channels))
     lines += _arrays(out=(plan.dim_in, n_channels))
     lines += _walk("to = out[n]", "to[:] = ZERO", at_edge=("node = g[other[e]]", "weight = w[e]"))
-    lines += _couplings(plan, constants)
-    for paths in _loops(plan):
+    lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+    for paths in loops(plan):
         body: list[str] = []
         sums: dict[int, list[str]] = {}
         for path in paths:
             p, o = path.weight_index, path.out_offset
             body.append(f"r = weight[{p}, c]")
             body += [f"g{o + k} = r * node[{o + k}, c]" for k in range(2 * path.l3 + 1)]
-            for i, k, _ in _terms(path):
+            for i, k, _ in path_terms(path):
                 sums.setdefault(path.in_offset + i, []).append(f"+ a{p}_{i}_{k} * g{o + k}")
-        body += [f"to[{row}, c] += {_sum(terms)}" for row, terms in sums.items()]
+        body += [f"to[{row}, c] += {signed_sum(terms)}" for row, terms in sums.items()]
         lines += _loop(n_channels, body)
     return lines
 
 
-def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: _Constants, wrt_y: bool, wrt_w: bool) -> list[str]:
+def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: Constants, wrt_y: bool, wrt_w: bool) -> list[str]:
     """gY[e, j] = Σ_c Σ_p w[e, p] Σ_ik CG[i, j, k] x_i g_k (to ``out``), gw[e, p] = Σ_ik a[i, k] x_i g_k (``out2``)."""
     lines = _arrays(x=(plan.dim_in, n_channels), g=(plan.dim_out, n_channels))
     at_edge = ["node = x[other[e]]"]
@@ -172,30 +177,30 @@ def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: _Constants, wr
         at_edge.append("to = out2[e]")
     lines += _walk("grad = g[n]", at_edge=tuple(at_edge))
     if wrt_w:
-        lines += _couplings(plan, constants)
-    for paths in _loops(plan):
+        lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+    for paths in loops(plan):
         body = _loads("x", "node", sorted({row for p in paths for row in range(p.in_rows.start, p.in_rows.stop)}))
         for path in paths:
             p = path.weight_index
             body += _loads("g", "grad", list(range(path.out_rows.start, path.out_rows.stop)))
             sums: dict[int, list[str]] = {}
-            for i, k, coupled in _terms(path):
+            for i, k, coupled in path_terms(path):
                 body.append(f"t{p}_{i}_{k} = x{path.in_offset + i} * g{path.out_offset + k}")
                 for j, v in coupled:
                     sums.setdefault(path.sh_offset + j, []).append(constants.term(v, f"t{p}_{i}_{k}"))
             if wrt_w:
-                products = [f"+ a{p}_{i}_{k} * t{p}_{i}_{k}" for i, k, _ in _terms(path)]
-                body.append(f"to[{p}, c] = {_sum(products)}")
+                products = [f"+ a{p}_{i}_{k} * t{p}_{i}_{k}" for i, k, _ in path_terms(path)]
+                body.append(f"to[{p}, c] = {signed_sum(products)}")
             if wrt_y:
                 body.append(f"r = weight[{p}, c]")
-                body += [f"s{j} += r * ({_sum(terms)})" for j, terms in sums.items()]
+                body += [f"s{j} += r * ({signed_sum(terms)})" for j, terms in sums.items()]
         lines += _loop(n_channels, body)
     if wrt_y:
         lines += [f"            out[e, {j}] = s{j}" for j in range(plan.dim_sh)]
     return lines
 
 
-_BODIES: dict[str, Callable[[ConvolutionPlan, int, _Constants], list[str]]] = {
+_BODIES: dict[str, Callable[[ConvolutionPlan, int, Constants], list[str]]] = {
     "forward": _forward,
     "grad_x": _grad_x,
     "grad_y": functools.partial(_grad_edge, wrt_y=True, wrt_w=False),

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +35,7 @@ def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) ->
     if kernel is None:
         with _lock:
             if key not in _kernels:
-                _kernels[key] = _compile(kernel_source(*key))
+                _kernels[key] = compile_kernel(kernel_source(*key), 9)
             kernel = _kernels[key]
     return kernel
 
@@ -55,19 +55,35 @@ def cache_folder() -> Path:
     return base / "equimd" / "kernels"
 
 
-def _compile(source: str) -> Kernel:
-    try:
-        module = _load(source, cache_folder())
-    except (OSError, RuntimeError):  # not writable: by us, or (RuntimeError) by numba
-        module = _load(source, _temporary_folder())
+def compile_kernel(source: str, n_pointers: int, modules: Sequence[str] = ()) -> Kernel:
+    """The C function ``kernel`` of a module: so many addresses, then a range; releases the GIL.
+
+    ``modules`` are the sources of what it imports by ``module_name``.
+    """
+    for imported in modules:
+        if module_name(imported) not in sys.modules:
+            _import(imported)
+    module = _import(source)
     _alive.append(module)
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 9, ctypes.c_int64, ctypes.c_int64)
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
     return signature(module.kernel.address)
+
+
+def module_name(source: str) -> str:
+    """The name under which a source is imported; others may import it, once it is."""
+    return f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
+
+
+def _import(source: str) -> ModuleType:
+    try:
+        return _load(source, cache_folder())
+    except (OSError, RuntimeError):  # not writable: by us, or (RuntimeError) by numba
+        return _load(source, _temporary_folder())
 
 
 def _load(source: str, folder: Path) -> ModuleType:
     """Write ``source`` where it is not there yet, whole or not at all, and import it (which compiles it)."""
-    name = f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
+    name = module_name(source)
     path = folder / f"{name}.py"
     if not (path.is_file() and path.read_text(encoding="utf-8") == source):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

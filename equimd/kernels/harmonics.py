@@ -19,14 +19,14 @@ def spherical_harmonics(directions: Tensor, l_max: int) -> Tensor:
     if l_max >= 1:
         rows.append(math.sqrt(3.0) * directions)
     for degree in range(2, l_max + 1):
-        matrix = _recursion(degree).to(directions)
+        matrix = recursion_matrix(degree).to(directions)
         outer = rows[-1].unsqueeze(2) * directions.unsqueeze(1)
         rows.append(outer.flatten(1) @ matrix)
     return torch.cat(rows, dim=1)
 
 
 @functools.cache
-def _recursion(degree: int) -> Tensor:
+def recursion_matrix(degree: int) -> Tensor:
     """Matrix ((2l−1)·3, 2l+1) that takes Y_{l−1} ⊗ u to Y_l, float64."""
     coefficients = torch.tensor(clebsch_gordan(degree - 1, 1, degree)).flatten(0, 1)
     pole = _pole(degree)

@@ -4,8 +4,6 @@
 other three partial derivatives; the backward of each is made of both, so derivatives of any order are of these two.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,12 +11,10 @@ from torch import Tensor
 
 from equimd.kernels.compiled import get_kernel
 from equimd.kernels.plan import ConvolutionPlan
+from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
 from equimd.kernels.topology import Topology
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-# Multiply-adds below which another thread costs more (about 50 µs to wake it) than it saves.
-_WORK_PER_THREAD = 3_000_000
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, pool)
 
 
 def convolve_numba(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
@@ -134,23 +130,5 @@ def _run(
         other.data_ptr(),
         ptr.data_ptr(),
     )
-    n_threads = min(torch.get_num_threads(), topology.n_edges * n_channels * plan.n_terms // _WORK_PER_THREAD)
-    if n_threads <= 1:
-        kernel(*args, 0, topology.n_senders if by_sender else topology.n_receivers)
-        return
-    bounds = topology.split(n_threads, by_sender)
-    pool = _get_pool(n_threads - 1)
-    others = [pool.submit(kernel, *args, bounds[t], bounds[t + 1]) for t in range(1, n_threads)]
-    try:
-        kernel(*args, bounds[0], bounds[1])
-    finally:  # the tensors must outlive every thread that writes to them
-        for future in others:
-            future.result()
-
-
-def _get_pool(n_workers: int) -> ThreadPoolExecutor:
-    """Threads of this process; a fork leaves none of its parent's behind, so it makes its own."""
-    global _pool
-    if _pool is None or _pool[0] != os.getpid() or _pool[1] < n_workers:
-        _pool = (os.getpid(), n_workers, ThreadPoolExecutor(n_workers, thread_name_prefix="equimd-kernels"))
-    return _pool[2]
+    n_threads = min(torch.get_num_threads(), topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
+    run_ranges(kernel, args, topology.split(max(1, n_threads), by_sender))

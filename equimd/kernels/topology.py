@@ -1,5 +1,6 @@
 """The order of the edges of one graph: made once per neighbour list, used by every kernel call on it."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +21,21 @@ class Topology:
     n_receivers: int
     receiver_order: Tensor
     receiver_ptr: Tensor
-    sender_order: Tensor
-    sender_ptr: Tensor
     _splits: dict[tuple[int, bool], list[int]] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def _by_sender(self) -> tuple[Tensor, Tensor]:
+        return _compress(self.senders, self.n_senders)
+
+    @property
+    def sender_order(self) -> Tensor:
+        """Edges sorted by sender (E,)."""
+        return self._by_sender[0]
+
+    @property
+    def sender_ptr(self) -> Tensor:
+        """Where the edges out of each sender begin in ``sender_order`` (N+1,)."""
+        return self._by_sender[1]
 
     @property
     def n_edges(self) -> int:
@@ -31,6 +44,8 @@ class Topology:
 
     def split(self, n_parts: int, by_sender: bool = False) -> list[int]:
         """Bounds of ``n_parts`` consecutive ranges of nodes with about equally many edges."""
+        if n_parts == 1:
+            return [0, self.n_senders if by_sender else self.n_receivers]
         bounds = self._splits.get((n_parts, by_sender))
         if bounds is None:
             ptr = self.sender_ptr if by_sender else self.receiver_ptr
@@ -42,7 +57,7 @@ class Topology:
 
 
 def make_topology(senders: Tensor, receivers: Tensor, n_receivers: int, n_senders: int | None = None) -> Topology:
-    """Sort the edges by receiver (at no cost where they are sorted already) and by sender, stably.
+    """Sort the edges by receiver, at no cost where they are sorted already, and, when asked for, by sender; stably.
 
     Raises:
         ValueError: for indices of another shape than (E,), or outside 0 … N−1.
@@ -61,7 +76,6 @@ def make_topology(senders: Tensor, receivers: Tensor, n_receivers: int, n_sender
         n_senders,
         n_receivers,
         *_compress(receivers, n_receivers),
-        *_compress(senders, n_senders),
     )
 
 

@@ -10,23 +10,39 @@ and the atomic output is a small network on the scalars of the last layer. l_max
 With parity off only irreps of natural parity p = (−1)^l are kept, which is still O(3)-equivariant.
 """
 
+import copy
 import math
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from equimd.graph import AtomGraph, derived
-from equimd.kernels import ConvolutionPlan, Irrep, Topology, convolve, make_plan, make_topology, standard_irreps
+from equimd.kernels import (
+    Backend,
+    ConvolutionPlan,
+    Irrep,
+    Topology,
+    convolve,
+    fuses,
+    make_plan,
+    make_topology,
+    standard_irreps,
+)
 from equimd.kernels.harmonics import spherical_harmonics
-from equimd.models.potential import Potential, PotentialSettings
-from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm
+from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
+from equimd.kernels.radial_table import tabulate
+from equimd.models.potential import FrozenOutput, Potential, PotentialSettings
+from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_parameters
 
-# Second-moment normalisation of silu and sigmoid for unit-variance inputs, as e3nn's ``normalize2mom``.
-_SILU_GAIN = 1.6790
-_SIGMOID_GAIN = 1.8468
-_TANH_GAIN = 1.5927
+if TYPE_CHECKING:
+    from equimd.kernels.network import FusedNetwork, Prepared
+
+# Relative error of tabulated radial functions, by precision of the network: below the rounding of its weights, and for
+# float64 as far as a table stays small.
+_TABLE_TOLERANCE = {torch.float32: 3e-8, torch.float64: 1e-11}
 
 SCALAR: Irrep = (0, 1)
 
@@ -59,15 +75,22 @@ class RadialNetwork(nn.Module):
         self.hidden = nn.ModuleList(hidden)
         self.out = nn.Linear(width, n_paths * n_channels, bias=False)
         self.shape = (n_paths, n_channels)
+        self.activation: Callable[[Tensor], Tensor] = nn.functional.silu
         for k, layer in enumerate([*hidden, self.out]):
-            gain = _SILU_GAIN if k else 1.0  # of the silu before; in the weights it costs nothing per edge
+            gain = SILU_GAIN if k else 1.0  # of the silu before; in the weights it costs nothing per edge
             nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
 
     def forward(self, basis: Tensor) -> Tensor:
         """Basis (E, n_basis) → weights (E, P, C)."""
         for layer in self.hidden:
-            basis = nn.functional.silu(layer(basis))
+            basis = self.activation(layer(basis))
         return self.out(basis).view(-1, *self.shape)
+
+    def smooth_copy(self) -> "RadialNetwork":
+        """In float64, and twice differentiable in forward mode, which torch's silu is not."""
+        other = copy.deepcopy(self).to(torch.float64)
+        other.activation = lambda x: x * torch.sigmoid(x)
+        return other
 
 
 class IrrepsLinear(nn.Module):
@@ -133,15 +156,14 @@ class InteractionLayer(nn.Module):
     def _n_out(self, irrep: Irrep) -> int:
         return 1 + self.n_gated if irrep == SCALAR else 1
 
-    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology) -> Tensor:
+    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology, backend: Backend = "auto") -> Tensor:
         """x (N, D_in, C), sh (E, (l_max+1)²), basis (E, n_basis) → (N, D_out, C)."""
         if self.norm is not None:
             x = self.norm(x)
         parts = _split(x, self.irreps_in)
         h = torch.cat(self.up(parts), dim=1)
-        message = convolve(
-            h, sh, self.radial(basis), topology.senders, topology.receivers, self.plan, topology=topology
-        )
+        edges = (topology.senders, topology.receivers)
+        message = convolve(h, sh, self.radial(basis), *edges, self.plan, backend=backend, topology=topology)
         skip = dict(zip(self.irreps_in, parts, strict=True))
         rows = message.split([b.n_paths * (2 * b.l + 1) for b in self.plan.blocks], dim=1)
         blocks = []
@@ -159,10 +181,10 @@ class InteractionLayer(nn.Module):
         for irrep, y in zip(self.irreps_out, blocks, strict=True):
             if irrep == SCALAR:
                 scalars, gate_inputs = y.split([c, y.shape[2] - c], dim=2)
-                gates = list((_SIGMOID_GAIN * torch.sigmoid(gate_inputs)).split(c, dim=2)) if self.n_gated else []
-                out.append(_SILU_GAIN * nn.functional.silu(scalars))
+                gates = list((SIGMOID_GAIN * torch.sigmoid(gate_inputs)).split(c, dim=2)) if self.n_gated else []
+                out.append(SILU_GAIN * nn.functional.silu(scalars))
             elif irrep[0] == 0:
-                out.append(_TANH_GAIN * torch.tanh(y))
+                out.append(TANH_GAIN * torch.tanh(y))
             else:
                 out.append(y * gates.pop(0))
         return torch.cat(out, dim=1)
@@ -177,6 +199,8 @@ class EquivariantPotential(Potential):
 
     family: ClassVar[str] = "equivariant"
     settings: EquivariantSettings
+    _fused: "tuple[tuple[int, ...], FusedNetwork] | None" = None
+    _listed: list[nn.Parameter] | None = None
 
     def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
         super().__init__(settings, species, isolated_atom_energies)
@@ -198,11 +222,82 @@ class EquivariantPotential(Potential):
         receivers, senders = graph.edge_index
         topology = derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
         distances = safe_norm(vectors)
-        cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
-        basis = (self.bessel(distances) * cutoff.unsqueeze(-1)).to(self.dtype)
+        basis = self._basis(distances).to(self.dtype)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
         sh = (sh * self.message_scale).to(self.dtype)  # 1/√n̄ is applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
         for layer in self.layers:
-            x = layer(x, sh, basis, topology)
+            x = layer(x, sh, basis, topology, self.kernel_backend)
         return self.readout(x.flatten(1)).squeeze(-1)
+
+    def _basis(self, distances: Tensor) -> Tensor:
+        """Radial basis (E, n_bessel), smoothly zero at the cutoff."""
+        cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
+        return self.bessel(distances) * cutoff.unsqueeze(-1)
+
+    # --- frozen weights ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_frozen_network(self) -> bool:
+        """On a CPU, unless a weight is trainable or there is an ``rms_norm``."""
+        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
+            return False
+        return not any(p.requires_grad for p in self._parameter_list())
+
+    def _parameter_list(self) -> list[nn.Parameter]:
+        if self._listed is None:
+            self._listed = list(self.parameters())
+        return self._listed
+
+    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
+        """By compiled kernels, with tabulated radial weights; ``seconds`` receives how long each of them took."""
+        from equimd.kernels.network import Geometry
+
+        versions = tuple(p._version for p in (*self._parameter_list(), self.scale))
+        if self._fused is None or self._fused[0] != versions:
+            self._fused = (versions, self._fuse())
+        fused = self._fused[1]
+
+        def prepare() -> "Prepared":
+            receivers, senders = graph.edge_index
+            kind = self.species_of(graph)
+            return fused.prepare(kind, self.scale[kind], make_topology(senders, receivers, graph.n_atoms))
+
+        prepared = derived(graph, "frozen", prepare, lambda held: held.owner is fused)
+        geometry = Geometry(graph.positions, graph.edge_shifts, graph.cell, graph.batch)
+        return FrozenOutput(*fused(geometry, prepared, seconds))
+
+    def _fuse(self) -> "FusedNetwork":
+        from equimd.kernels.network import FusedNetwork, Layer, Network
+
+        own = cast("list[InteractionLayer]", list(self.layers))
+        radial = [layer.radial.smooth_copy() for layer in own]
+        functions = [lambda r, f=f: f(self._basis(r)) * self.message_scale for f in radial]
+        tables = tabulate(functions, self.cutoff, _TABLE_TOLERANCE[self.dtype])
+        layers = [
+            Layer(layer.plan, list(layer.up.weights), list(layer.mix.weights), table)
+            for layer, table in zip(own, tables, strict=True)
+        ]
+        first, last = cast("list[nn.Linear]", [self.readout[0], self.readout[2]])
+        screening, pairs = zbl_parameters(self.species) if self.settings.zbl else ((), torch.zeros(1, 1, 3))
+        network = Network(
+            layers,
+            self.embedding,
+            first.weight.T,
+            first.bias,
+            last.weight,
+            float(last.bias),
+            self.cutoff,
+            screening,
+            pairs,
+        )
+        return FusedNetwork(network, str(self.dtype).removeprefix("torch."))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
+        self._fused = self._listed = None  # weights may have moved without a new version
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which is neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_listed")}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from equimd.errors import InputError
 from equimd.graph import AtomGraph, edge_vectors
+from equimd.kernels import Backend
 from equimd.models.radial import zbl_pair_energy
 
 MAX_ATOMIC_NUMBER = 118
@@ -45,15 +46,26 @@ class Prediction(NamedTuple):
     stress: Tensor | None
 
 
+class FrozenOutput(NamedTuple):
+    """output (N,) float64 of ``network`` and repulsion (N,) eV; forces (N, 3) eV/Å and virial (S, 3, 3) eV of both."""
+
+    output: Tensor
+    repulsion: Tensor
+    forces: Tensor
+    virial: Tensor
+
+
 class Potential(nn.Module, ABC):
     """Base of both families.
 
     species: atomic numbers the potential knows, ascending. isolated_atom_energies: eV by atomic number.
+    kernel_backend: which kernels compute; the self-check chooses slower ones where the fastest are wrong.
     direct_forces: True where forces come from a head of their own instead of the gradient.
     """
 
     family: ClassVar[str]
     direct_forces: bool = False
+    kernel_backend: Backend = "auto"
     species_index: Tensor
     scale: Tensor
     shift: Tensor
@@ -103,6 +115,15 @@ class Potential(nn.Module, ABC):
         for z, k in zip(self.species, range(len(self.species)), strict=True):
             self.scale[k], self.shift[k] = scale[z], shift[z]
 
+    @property
+    def has_frozen_network(self) -> bool:
+        """Whether ``frozen_network`` is there, as the weights are now: a faster way where nothing is differentiated."""
+        return False
+
+    def frozen_network(self, graph: AtomGraph) -> FrozenOutput:
+        """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing."""
+        raise TypeError(f"{type(self).__name__} has no frozen network")
+
     @abstractmethod
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å, float64; ``graph`` gives species and edges.
@@ -140,6 +161,11 @@ class Potential(nn.Module, ABC):
     def forward(self, graph: AtomGraph, *, stress: bool = False, create_graph: bool = False) -> Prediction:
         """Energy, atomic energies, forces and (if asked) stress; ``create_graph`` keeps them differentiable."""
         kind = self.species_of(graph)
+        if not create_graph and self.has_frozen_network:
+            frozen = self.frozen_network(graph)
+            relative = frozen.output * self.scale[kind] + self.shift[kind] + frozen.repulsion
+            sigma = frozen.virial / _volume(graph)[:, None, None] if stress else None
+            return Prediction(self._total(graph, relative), relative, frozen.forces, sigma)
         with torch.enable_grad():
             vectors = edge_vectors(graph, torch.float64)
             needs_gradient = stress or not self.direct_forces
@@ -155,13 +181,17 @@ class Potential(nn.Module, ABC):
                 forces = _scatter_forces(graph, gradient)
             sigma = _stress(graph, vectors, gradient) if stress and gradient is not None else None
         energies = relative.to(torch.float64)
-        totals = energies + self._isolated_atom_energies[kind]
-        energy = torch.zeros(graph.n_systems, dtype=torch.float64, device=self.device).index_add(0, graph.batch, totals)
+        energy = self._total(graph, energies)
         if create_graph:
             return Prediction(energy, energies, forces, sigma)
         return Prediction(
             energy.detach(), energies.detach(), forces.detach(), None if sigma is None else sigma.detach()
         )
+
+    def _total(self, graph: AtomGraph, energies: Tensor) -> Tensor:
+        """Energies (S,) with isolated atoms from atomic energies (N,) without, summed in float64."""
+        totals = energies + self._isolated_atom_energies[self.species_of(graph)]
+        return totals.new_zeros(graph.n_systems).index_add(0, graph.batch, totals)
 
 
 def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
@@ -185,6 +215,10 @@ def _stress(graph: AtomGraph, vectors: Tensor, gradient: Tensor) -> Tensor:
     outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
     system = graph.batch[graph.edge_index[0]]
     virial = torch.zeros(graph.n_systems, 3, 3, dtype=outer.dtype, device=outer.device).index_add(0, system, outer)
-    volume = graph.volume.to(virial.dtype)
-    volume = torch.where(volume > 0, volume, torch.full_like(volume, float("nan")))
-    return virial / volume[:, None, None]
+    return virial / _volume(graph).to(virial.dtype)[:, None, None]
+
+
+def _volume(graph: AtomGraph) -> Tensor:
+    """Volumes (S,) in Å³, float64; NaN without a cell."""
+    volume = graph.volume
+    return torch.where(volume > 0, volume, torch.full_like(volume, float("nan")))

@@ -46,9 +46,8 @@ def cosine_cutoff(distances: Tensor, cutoff: float, width: float) -> Tensor:
     return 1.0 - t * t * t * (10.0 - 15.0 * t + 6.0 * t * t)
 
 
-# Universal screening function of Ziegler, Biersack and Littmark (1985).
-_ZBL_COEFFICIENTS = (0.18175, 0.50986, 0.28022, 0.02817)
-_ZBL_EXPONENTS = (3.19980, 0.94229, 0.40290, 0.20162)
+# Universal screening function of Ziegler, Biersack and Littmark (1985), Σ c·exp(−b·x) as (c, b).
+_ZBL_SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
 
 
 def zbl_pair_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -56,7 +55,23 @@ def zbl_pair_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
     r = safe_norm(vectors)
     radii = torch.tensor(COVALENT_RADII, dtype=r.dtype, device=r.device)
     zi, zj = z_i.to(r.dtype), z_j.to(r.dtype)
-    a = 0.88534 * BOHR / (zi**0.23 + zj**0.23)
-    x = r / a
-    phi = sum(c * torch.exp(-b * x) for c, b in zip(_ZBL_COEFFICIENTS, _ZBL_EXPONENTS, strict=True))
+    x = r / _zbl_length(zi, zj)
+    phi = sum(c * torch.exp(-b * x) for c, b in _ZBL_SCREENING)
     return HARTREE * BOHR * zi * zj / r * phi * polynomial_cutoff(r, radii[z_i] + radii[z_j])
+
+
+def _zbl_length(z_i: Tensor, z_j: Tensor) -> Tensor:
+    return 0.88534 * BOHR / (z_i**0.23 + z_j**0.23)
+
+
+def zbl_parameters(species: tuple[int, ...]) -> tuple[tuple[tuple[float, float], ...], Tensor]:
+    """What ``zbl_pair_energy`` is made of: the screening as pairs (c, b), and (S, S, 3) float64 by species.
+
+    The last axis holds e² Z Z' in eV Å, the inverse screening length in Å⁻¹ and the reach in Å.
+    """
+    z = torch.tensor(species, dtype=torch.float64)
+    radii = torch.tensor(COVALENT_RADII, dtype=torch.float64)[list(species)]
+    zi, zj = torch.meshgrid(z, z, indexing="ij")
+    return _ZBL_SCREENING, torch.stack(
+        [HARTREE * BOHR * zi * zj, 1 / _zbl_length(zi, zj), radii[:, None] + radii], dim=-1
+    )

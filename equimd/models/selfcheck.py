@@ -6,6 +6,7 @@ that miss images, models that jump when a list is rebuilt. They run on the insta
 
 import copy
 import itertools
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +58,8 @@ def self_check(potential: Potential) -> SelfCheckReport:
     """Check the potential, as it is loaded, on a small periodic structure of its own species.
 
     The weights are not touched: everything runs on a float64 copy and the reference kernels, and the precision guard
-    compares the potential as it is, with the kernels it uses, to that. A potential with direct forces is not asked for
+    compares the potential as it is, with the kernels it uses, to that. Where the fastest kernels fail, slower ones
+    are tried, kept for this potential, and named in a warning. A potential with direct forces is not asked for
     a gradient; only family "equivariant" is asked for rotational symmetry.
     """
     structure = _small_structure(potential.species, potential.cutoff)
@@ -67,10 +69,9 @@ def self_check(potential: Potential) -> SelfCheckReport:
     with kernels.using("reference"):
         predictions = _Variants(structure, potential.family == "equivariant").evaluate(double)
         gradient, stress = _finite_differences(double, structure, predictions["base"])
-    with torch.no_grad():
-        own = potential(_on(potential, structure.graph(potential.cutoff)), stress=True)
     base = predictions["base"]
     scale = max(float(base.forces.abs().max()), _FLOOR)
+    precision = _choose_kernels(potential, _on(potential, structure.graph(potential.cutoff)), base.forces, scale)
 
     def guard(name: str, deviation: float, tolerance: float, what: str) -> None:
         deviations[name] = deviation
@@ -79,7 +80,7 @@ def self_check(potential: Potential) -> SelfCheckReport:
 
     guard(
         "precision",
-        _largest(own.forces.to(base.forces) - base.forces) / scale,
+        precision,
         _PRECISION,
         f"forces in {str(potential.dtype).removeprefix('torch.')} are not those of the reference in float64",
     )
@@ -92,6 +93,37 @@ def self_check(potential: Potential) -> SelfCheckReport:
             tolerance = _SYMMETRY if name in ("rotation", "inversion") else _EXACT
             guard(name, max(energy, _largest(predictions[name].forces - base.forces) / scale), tolerance, what)
     return SelfCheckReport(not messages, tuple(messages), deviations)
+
+
+def _choose_kernels(potential: Potential, graph: AtomGraph, right: Tensor, scale: float) -> float:
+    """Use the fastest kernels whose forces are right; their relative deviation, or that of the last tried."""
+    found: dict[kernels.Backend, str] = {}
+    deviation = float("nan")
+    backends: tuple[kernels.Backend, ...] = ("auto", "numba", "reference")
+    for backend in backends if graph.positions.device.type == "cpu" else ("auto", "reference"):
+        potential.kernel_backend = backend
+        try:
+            with torch.no_grad():
+                deviation = _largest(potential(graph, stress=True).forces.to(right) - right) / scale
+        except Exception as error:  # a compiler may fail in any way
+            if backend == backends[-1]:
+                raise
+            found[backend] = f"{type(error).__name__}: {error}"
+            continue
+        if deviation <= _PRECISION:
+            break
+        found[backend] = f"forces off by {deviation:.2g} of the largest"
+    else:  # it is not the kernels
+        potential.kernel_backend = "auto"
+        return deviation
+    if found:
+        what = "; ".join(f'"{name}": {fault}' for name, fault in found.items())
+        warnings.warn(
+            f'compiled kernels are wrong here ({what}); "{potential.kernel_backend}" is used instead and is slower',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return deviation
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,12 @@ def everything(problem):
     return (out, *torch.autograd.grad(out.sin().sum(), problem.floats))
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("n_atoms", [2, 7])
 def test_result_does_not_depend_on_threads(set_threads, monkeypatch, n_atoms):
     problem = make_problem(n_atoms=n_atoms, requires_grad=True)
     set_threads(1)
     expected = everything(problem)
-    monkeypatch.setattr(numba_cpu, "_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(numba_cpu, "WORK_PER_THREAD", 1)
     for n_threads in (2, 3, 2):
         set_threads(n_threads)
         for a, b in zip(everything(problem), expected, strict=True):
@@ -82,7 +75,7 @@ assert "e3nn" not in sys.modules, "imported before it is used"
 from equimd.kernels import numba_cpu
 from kernel_problems import make_problem
 import multiprocessing
-numba_cpu._WORK_PER_THREAD = 1
+numba_cpu.WORK_PER_THREAD = 1
 torch.set_num_threads(2)
 problem = make_problem()
 def total(_=None):

@@ -1,5 +1,7 @@
 """The load-time guards pass what is right and name what is wrong."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -93,9 +95,14 @@ def test_chirality_is_caught_by_the_reflection_alone():
     assert [m for m in report.messages if "reflection" in m] == list(report.messages) != []
 
 
+def _equivariant(l_max=2):
+    settings = EquivariantSettings(n_channels=8, l_max=l_max, n_layers=2, avg_num_neighbors=20.0)
+    return EquivariantPotential(settings, (1, 8), toys.ISOLATED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_broken_kernel_is_caught(monkeypatch, dtype):
-    """A backend that is wrong in one product, in either precision, against the reference."""
+def test_broken_convolution_falls_back_to_the_reference(monkeypatch, dtype):
+    """A backend that is wrong in one product, in either precision."""
     from equimd.kernels import numba_cpu
 
     right = numba_cpu.convolve_numba
@@ -104,12 +111,61 @@ def test_broken_kernel_is_caught(monkeypatch, dtype):
         out = right(x, sh, radial, plan, topology)
         return torch.cat([out[:, :-1], -out[:, -1:]], dim=1)
 
-    potential = EquivariantPotential(EquivariantSettings(n_channels=8, avg_num_neighbors=20.0), (1, 8), toys.ISOLATED)
-    potential = potential.to(dtype)
-    assert self_check(potential).ok
+    potential = _equivariant().to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say of sound kernels
+        assert self_check(potential).ok
+    assert potential.kernel_backend == "auto"
     monkeypatch.setattr(numba_cpu, "convolve_numba", wrong)
-    report = self_check(potential)
-    assert [m for m in report.messages if "not those of the reference" in m] == list(report.messages) != []
+    with pytest.warns(RuntimeWarning, match='"reference" is used instead'):
+        assert self_check(potential).ok
+    assert potential.kernel_backend == "reference"
+
+
+def test_forces_that_are_not_the_gradient_fall_back(monkeypatch):
+    """The fused network at l_max 3 with a wrong derivative of the radial weights: energies right, forces not."""
+    from equimd.kernels import network_codegen
+
+    potential = _equivariant(l_max=3).requires_grad_(False)
+    assert potential.has_frozen_network
+    right = network_codegen.gradient_source
+    with monkeypatch.context() as broken:
+
+        def wrong(*args):
+            source = right(*args)
+            text = source.text.replace("along += g_r[e] * scales[2]", "along += 0.7 * g_r[e] * scales[2]")
+            assert text != source.text
+            return source._replace(text=text)
+
+        broken.setattr(network_codegen, "gradient_source", wrong)
+        with pytest.warns(RuntimeWarning, match='"auto": forces off by .* "numba" is used instead'):
+            assert self_check(potential).ok
+    assert not potential.has_frozen_network
+    sound = _equivariant(l_max=3).requires_grad_(False)
+    sound.load_state_dict(potential.state_dict())
+    assert self_check(sound).ok
+    assert sound.has_frozen_network
+
+
+def test_compiler_that_fails_falls_back(monkeypatch):
+    from equimd.kernels import network
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    potential = _equivariant().requires_grad_(False)
+    monkeypatch.setattr(network, "compile_kernel", fail)
+    with pytest.warns(RuntimeWarning, match="no space left on device"):
+        assert self_check(potential).ok
+    assert potential.kernel_backend == "numba"
+
+
+def test_wrong_weights_are_not_blamed_on_kernels():
+    potential = _equivariant()
+    with torch.no_grad():
+        next(potential.parameters()).fill_(float("nan"))
+    assert not self_check(potential).ok
+    assert potential.kernel_backend == "auto"
 
 
 def test_nan_weights_fail():

@@ -1,0 +1,31 @@
+"""Kernels on several threads: ranges of nodes, one each, on a pool of this process."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+# Multiply-adds below which another thread costs more (about 50 µs to wake it) than it saves.
+WORK_PER_THREAD = 3_000_000
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, pool)
+
+
+def run_ranges(kernel: Callable[..., None], arguments: Sequence[int], bounds: Sequence[int]) -> None:
+    """Call ``kernel(*arguments, low, high)`` for consecutive ``bounds``, all at once; returns when all are done."""
+    if len(bounds) == 2:
+        kernel(*arguments, bounds[0], bounds[1])
+        return
+    pool = _get_pool(len(bounds) - 2)
+    others = [pool.submit(kernel, *arguments, a, b) for a, b in zip(bounds[1:], bounds[2:], strict=False)]
+    try:
+        kernel(*arguments, bounds[0], bounds[1])
+    finally:  # the tensors must outlive every thread that writes to them
+        for future in others:
+            future.result()
+
+
+def _get_pool(n_workers: int) -> ThreadPoolExecutor:
+    """Threads of this process; a fork leaves none of its parent's behind, so it makes its own."""
+    global _pool
+    if _pool is None or _pool[0] != os.getpid() or _pool[1] < n_workers:
+        _pool = (os.getpid(), n_workers, ThreadPoolExecutor(n_workers, thread_name_prefix="equimd-kernels"))
+    return _pool[2]

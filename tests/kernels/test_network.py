@@ -1,0 +1,200 @@
+"""The fused network is the network: every output, against autograd through the reference kernels."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from equimd import kernels
+from equimd.graph import batch_graphs, graph_from_arrays
+from equimd.kernels import network as fused_module
+from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
+
+ISOLATED = {1: -13.0, 8: -400.0}
+CUTOFF = 3.5
+
+
+def make_potential(dtype=torch.float64, **settings):
+    torch.manual_seed(4)
+    defaults = {"n_channels": 8, "n_layers": 2, "cutoff": CUTOFF, "avg_num_neighbors": 9.0}
+    potential = EquivariantPotential(EquivariantSettings(**(defaults | settings)), (1, 8), ISOLATED)
+    potential.set_scale_shift({1: 1.5, 8: 0.7}, {1: 0.1, 8: -0.2})
+    return potential.to(dtype).requires_grad_(False)
+
+
+def make_graph(n=12, length=6.0, pbc=True, seed=0, cutoff=CUTOFF):
+    rng = np.random.default_rng(seed)
+    cell = length * np.array([[1.0, 0.1, 0.0], [-0.2, 0.9, 0.1], [0.0, 0.3, 1.1]])
+    # On a jittered grid: no two atoms so close that the repulsion drowns everything else.
+    side = int(np.ceil(n ** (1 / 3)))
+    places = np.array(list(itertools.product(range(side), repeat=3)))[:n]
+    positions = ((places + 0.25 * rng.random((n, 3))) / side) @ cell
+    numbers = np.where(np.arange(n) % 3 == 0, 8, 1)
+    return graph_from_arrays(positions, numbers, cell, np.full(3, pbc), cutoff)
+
+
+def both(potential, graph, stress=True):
+    assert potential.has_frozen_network
+    fast = potential(graph, stress=stress)
+    with kernels.using("reference"):
+        assert not potential.has_frozen_network
+        slow = potential(graph, stress=stress)
+    return fast, slow
+
+
+def largest_difference(fast, slow):
+    """Relative to the largest value, over atomic energies, forces and stress."""
+    pairs = [(fast.energies, slow.energies), (fast.forces, slow.forces)]
+    if slow.stress is not None:
+        pairs.append((fast.stress.nan_to_num(), slow.stress.nan_to_num()))
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("l_max", [0, 1, 2, 3])
+@pytest.mark.parametrize("parity", [False, True])
+def test_equals_reference_in_float64(l_max, parity):
+    potential = make_potential(l_max=l_max, parity=parity)
+    assert largest_difference(*both(potential, make_graph())) < 1e-10
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_channels": 5}, {"n_layers": 1}, {"n_layers": 3}, {"zbl": False}])
+def test_equals_reference_in_float32(settings):
+    potential = make_potential(torch.float32, **settings)
+    fast, slow = both(potential, make_graph())
+    assert fast.forces.dtype == fast.energies.dtype == torch.float64
+    double = copy.deepcopy(potential).to(torch.float64)
+    with kernels.using("reference"):
+        exact = double(make_graph(), stress=True)
+    # As near to float64 as the reference in float32 is.
+    assert largest_difference(fast, exact) < max(3e-6, 2 * largest_difference(slow, exact))
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        make_graph(pbc=False),
+        make_graph(n=1, length=9.0, pbc=False),
+        make_graph(n=1, length=2.0),
+        make_graph(n=8, length=40.0),
+        batch_graphs([make_graph(n=5, seed=1), make_graph(n=1, length=9.0, pbc=False), make_graph(n=9, seed=2)]),
+    ],
+    ids=["molecule", "one atom", "one atom and its images", "all isolated", "batch"],
+)
+def test_equals_reference_for_every_kind_of_graph(graph):
+    assert largest_difference(*both(make_potential(), graph)) < 1e-10
+
+
+def test_energies_without_stress_are_the_same():
+    potential, graph = make_potential(), make_graph()
+    assert potential(graph).stress is None
+    assert torch.equal(potential(graph).forces, potential(graph, stress=True).forces)
+
+
+def test_edges_beyond_the_cutoff_change_nothing():
+    potential = make_potential(torch.float32)
+    near, far = make_graph(), make_graph(cutoff=CUTOFF + 1.0)
+    assert far.n_edges > near.n_edges
+    a, b = potential(near, stress=True), potential(far, stress=True)
+    assert torch.equal(a.energies, b.energies)
+    assert torch.equal(a.forces, b.forces)
+    assert torch.equal(a.stress, b.stress)
+
+
+@pytest.mark.parametrize("n", [2, 30])
+def test_does_not_depend_on_threads(set_threads, monkeypatch, n):
+    potential, graph = make_potential(torch.float32), make_graph(n=n, length=7.0)
+    set_threads(1)
+    expected = potential(graph, stress=True)
+    monkeypatch.setattr(fused_module, "WORK_PER_THREAD", 1)
+    for threads in (2, 3):
+        set_threads(threads)
+        got = potential(graph, stress=True)
+        assert torch.equal(got.energies, expected.energies)
+        assert torch.equal(got.forces, expected.forces)
+
+
+def test_forces_are_the_gradient_of_the_tabulated_energy():
+    """And not of the untabulated one only: finite differences at a step where 10⁻⁹ shows."""
+    potential, graph = make_potential(), make_graph()
+    forces = potential(graph).forces
+    move = torch.randn(graph.n_atoms, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    start, step = graph.positions.clone(), 1e-5
+
+    def energy(scale):
+        graph.positions.copy_(start + scale * move)
+        return float(potential(graph).energies.sum())
+
+    slope = (energy(step) - energy(-step)) / (2 * step)
+    assert slope == pytest.approx(-float((move * forces).sum()), rel=1e-7)
+    assert slope != pytest.approx(-0.999 * float((move * forces).sum()), rel=1e-7)
+
+
+def test_new_weights_are_seen():
+    potential, graph = make_potential(), make_graph()
+    before = potential(graph).energies
+    with torch.no_grad():
+        potential.layers[0].radial.out.weight.mul_(1.1)
+    assert not torch.allclose(potential(graph).energies, before, rtol=1e-6)
+    assert largest_difference(*both(potential, graph)) < 1e-10
+    potential.set_scale_shift({1: 2.0, 8: 2.0}, {1: 0.0, 8: 0.0})
+    assert largest_difference(*both(potential, graph)) < 1e-10
+    single = potential.to(torch.float32)
+    assert largest_difference(*both(single, graph)) < 1e-5
+
+
+def test_copies_compute_for_themselves():
+    potential, graph = make_potential(), make_graph()
+    expected = potential(graph).energies
+    other = copy.deepcopy(potential)
+    assert torch.equal(other(graph).energies, expected)
+    with torch.no_grad():
+        other.embedding.mul_(2.0)
+    assert not torch.equal(other(graph).energies, expected)
+    assert torch.equal(potential(graph).energies, expected)
+
+
+def test_one_potential_may_be_used_by_several_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    potential = make_potential(torch.float32)
+    graphs = [make_graph(n=n, seed=n) for n in (4, 9, 16, 25)]
+    expected = [potential(g).forces for g in graphs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = list(pool.map(lambda g: potential(g).forces, graphs))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_is_for_frozen_weights_only():
+    potential, graph = make_potential(), make_graph()
+    assert not make_potential(rms_norm=True).has_frozen_network
+    potential.embedding.requires_grad_()
+    assert not potential.has_frozen_network
+    prediction = potential(graph, create_graph=True)
+    prediction.forces.square().sum().backward()
+    assert float(potential.embedding.grad.abs().max()) > 0
+
+
+def test_derivatives_are_there_where_they_are_asked_for():
+    potential = make_potential()
+    with pytest.raises(TypeError, match="no frozen network"):
+        super(EquivariantPotential, potential).frozen_network(make_graph())
+    assert potential(make_graph(), create_graph=True).forces.requires_grad
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    potential, graph = make_potential(), make_graph()
+    potential(graph)
+    graph.edge_shifts = graph.edge_shifts[:-1]
+    with pytest.raises(ValueError, match="shifts must be"):
+        potential(graph)
+
+
+def test_profile_names_every_step():
+    potential, seconds = make_potential(), {}
+    potential.frozen_network(make_graph(), seconds)
+    layers = [f"{way} {k}" for way in ("forward", "backward") for k in range(2)]
+    assert set(seconds) == {"geometry", *layers, "gradient", "scatter"}
+    assert min(seconds.values()) > 0
