@@ -2,7 +2,7 @@
 
     python benchmarks/shipped.py [--work FOLDER] [--only PART]
 
-Parts: relabel, nve, langevin, symmetry, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the command
+Parts: relabel, nve, langevin, symmetry, water, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the command
 may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 45 minutes on one core.
 """
 
@@ -28,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "shipped.json"
 ETHANOL = ("ethanol-equivariant", "ethanol-transformer")
 NVE_STEPS, LANGEVIN_STEPS, STRIDE = 100_000, 200_000, 50  # 50 ps at 0.5 fs; 200 ps at 1 fs
 EQUILIBRATION_STEPS = 10_000
+WATER_STEPS, WATER_FRAMES = 40_000, 40  # 20 ps at 0.5 fs
 SYMMETRY_FRAMES = 40
 FINER_DEGREE = 7
 
@@ -127,6 +128,27 @@ def relabel(work: Path) -> dict[str, Any]:
     return block
 
 
+def water(work: Path) -> dict[str, Any]:
+    """Force errors (eV/Å, RMSE) of the equivariant potential against fresh labels along 20 ps of its own dynamics."""
+    name = "water-equivariant"
+    settings = MDSettings(steps=WATER_STEPS, stride=WATER_STEPS // WATER_FRAMES, checkpoint_every=4000, seed=7)
+    frames = simulate(name, work / f"water-{name}.h5", start(name), settings)[1:]
+    errors = np.array(
+        [
+            np.sqrt(np.mean((labels_of(own)["forces"] - labels_of(fresh)["forces"]) ** 2))
+            for own, fresh in zip(frames, label(frames, "gfn1-xtb"), strict=True)
+        ]
+    )
+    quarters = [float(np.sqrt(np.mean(part**2))) for part in np.array_split(errors, 4)]
+    return {
+        "n_frames": len(frames),
+        "duration_ps": WATER_STEPS * settings.timestep_fs / 1000,
+        "force_rmse": float(np.sqrt(np.mean(errors**2))),
+        "force_rmse_by_quarter": quarters,
+        "mean_temperature_K": float(np.mean([f.get_temperature() for f in frames])),
+    }
+
+
 def engines(work: Path) -> dict[str, Any]:
     """Relative differences between ASE and OpenMM: forces, and energy relative to isolated atoms."""
     import openmm
@@ -202,6 +224,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "nve": nve,
     "langevin": langevin,
     "symmetry": symmetry,
+    "water": water,
     "engines": engines,
     "stress": stress,
 }
