@@ -2,8 +2,8 @@
 
     python benchmarks/shipped.py [--work FOLDER] [--only PART]
 
-Parts: relabel, nve, langevin, symmetry, water, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the command
-may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 45 minutes on one core.
+Parts: relabel, nve, langevin, symmetry, water, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the
+command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on one core.
 """
 
 import argparse

@@ -129,17 +129,38 @@ def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
     return out
 
 
-def derived(graph: AtomGraph, key: str, build: Callable[[], T], is_valid: Callable[[T], bool] = lambda _: True) -> T:
+def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
     """What a network derives from the edges alone (sort orders, padded layouts): built once per edge list.
 
     Kept outside the graph's fields, so that batching and copying do not see it; rebuilt when ``edge_index`` is another
-    tensor, or when what is held is not ``is_valid``.
+    tensor.
     """
     store = graph.__dict__.setdefault("_derived", {})  # pyright: ignore
     held = store.get(key)
-    if held is None or held[0] is not graph.edge_index or not is_valid(held[1]):
+    if held is None or held[0] is not graph.edge_index:
         held = store[key] = (graph.edge_index, build())
     return held[1]
+
+
+def has_reverse_edges(graph: AtomGraph) -> bool:
+    """Whether the graph holds the reverse of every edge, as neighbour lists do; found out once per edge list."""
+    return derived(graph, "has_reverse_edges", lambda: _has_reverse_edges(graph))
+
+
+def _has_reverse_edges(graph: AtomGraph) -> bool:
+    """By comparing sums of hashes of (i, j, S) and of (j, i, −S)."""
+
+    def total(i: Tensor, j: Tensor, shifts: Tensor) -> int:
+        mixed = i * 0x2545F491 + j * 0x1B873593
+        for axis, factor in enumerate((0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)):
+            mixed = mixed + shifts[:, axis] * factor
+        for _ in range(2):
+            mixed = (mixed ^ (mixed >> 29)) * 0x1CE4E5B9BF58476D
+        return int(mixed.sum())
+
+    i, j = graph.edge_index
+    shifts = graph.edge_shifts.to(torch.int64)
+    return total(i, j, shifts) == total(j, i, -shifts)
 
 
 def edge_vectors(graph: AtomGraph, dtype: torch.dtype) -> Tensor:

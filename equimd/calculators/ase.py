@@ -60,15 +60,16 @@ class EquimdCalculator(Calculator):
         from equimd.calculators.loading import resolve
 
         base, self._name, self.header = resolve(potential, device, dtype)
-        if self_check:
-            from equimd.models.selfcheck import self_check as check
-
-            check(base).raise_if_failed()
-        self._base, self._symmetrize, self._skin = base, symmetrize, skin
+        self._symmetrize, self._skin, self._self_check = symmetrize, skin, self_check
         self._use(base)
 
     def _use(self, base: "Potential") -> None:
-        """Compute with ``base`` from now on, wrapped as asked for."""
+        """Compute with ``base`` from now on, checked and wrapped as asked for."""
+        if self._self_check:
+            from equimd.models.selfcheck import self_check
+
+            self_check(base).raise_if_failed()
+        self._base = base
         from equimd.calculators.evaluator import Evaluator
         from equimd.calculators.loading import symmetrized
 
@@ -88,12 +89,18 @@ class EquimdCalculator(Calculator):
         return {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides every prediction to the last bit: name, precision, symmetrisation, SHA-256 of the weights."""
+        """What decides every prediction to the last bit: weights (SHA-256), precision, kernels, symmetrisation; the name."""
         weights = hashlib.sha256()
         for key, tensor in self._base.state_dict().items():
             weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         symmetrize = dict(self._symmetrize) if isinstance(self._symmetrize, Mapping) else self._symmetrize
-        return {"name": self.name, "dtype": self.dtype, "symmetrize": symmetrize, "weights": weights.hexdigest()}
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "symmetrize": symmetrize,
+            "weights": weights.hexdigest(),
+            "kernels": self._base.kernel_backend,
+        }
 
     # --- ASE ---------------------------------------------------------------------------------------------------------
 

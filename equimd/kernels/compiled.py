@@ -24,8 +24,8 @@ from equimd.kernels.plan import ConvolutionPlan
 
 Kernel = Callable[..., None]
 _kernels: dict[tuple[str, ConvolutionPlan, int, str], Kernel] = {}
-_lock = threading.Lock()
-_alive: list[ModuleType] = []  # the machine code lives as long as its module
+_by_name: dict[str, tuple[ModuleType, Kernel]] = {}  # the machine code lives as long as its module
+_lock = threading.RLock()
 
 
 def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel:
@@ -58,15 +58,18 @@ def cache_folder() -> Path:
 def compile_kernel(source: str, n_pointers: int, modules: Sequence[str] = ()) -> Kernel:
     """The C function ``kernel`` of a module: so many addresses, then a range; releases the GIL.
 
-    ``modules`` are the sources of what it imports by ``module_name``.
+    ``modules`` are the sources of what it imports by ``module_name``. The same source is compiled once.
     """
-    for imported in modules:
-        if module_name(imported) not in sys.modules:
-            _import(imported)
-    module = _import(source)
-    _alive.append(module)
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
-    return signature(module.kernel.address)
+    name = module_name(source)
+    with _lock:
+        if name not in _by_name:
+            for imported in modules:
+                if module_name(imported) not in sys.modules:
+                    _import(imported)
+            module = _import(source)
+            signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
+            _by_name[name] = module, signature(module.kernel.address)
+        return _by_name[name][1]
 
 
 def module_name(source: str) -> str:

@@ -28,15 +28,18 @@ def spherical_harmonics(directions: Tensor, l_max: int) -> Tensor:
 @functools.cache
 def recursion_matrix(degree: int) -> Tensor:
     """Matrix ((2l−1)·3, 2l+1) that takes Y_{l−1} ⊗ u to Y_l, float64."""
-    coefficients = torch.tensor(clebsch_gordan(degree - 1, 1, degree)).flatten(0, 1)
+    coefficients = torch.from_numpy(clebsch_gordan(degree - 1, 1, degree).copy()).flatten(0, 1)
     pole = _pole(degree)
     # At the pole (e3nn's y axis) only the middle component is non-zero, and it is +√(2l+1).
-    value = torch.outer(_pole(degree - 1), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)).flatten() @ coefficients
+    value = (
+        torch.outer(_pole(degree - 1), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device="cpu")).flatten()
+        @ coefficients
+    )
     return coefficients * (pole[degree] / value[degree])
 
 
 def _pole(degree: int) -> Tensor:
     """Y_l at e3nn's polar axis y: √(2l+1) in the middle component."""
-    pole = torch.zeros(2 * degree + 1, dtype=torch.float64)
+    pole = torch.zeros(2 * degree + 1, dtype=torch.float64, device="cpu")
     pole[degree] = math.sqrt(2 * degree + 1)
     return pole

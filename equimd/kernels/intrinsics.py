@@ -26,7 +26,8 @@ def exp(_context: Any, x: Any) -> Any:
             return b.fadd(b.fmul(u, v, flags=["contract"]), w, flags=["contract"])
 
         limit = real(largest * math.log(2))
-        value = args[0]
+        is_nan = b.fcmp_unordered("uno", args[0], args[0])
+        value = b.select(is_nan, real(0.0), args[0])  # there is no integer for it
         value = b.select(b.fcmp_ordered(">", value, limit), limit, value)
         value = b.select(b.fcmp_ordered("<", value, real(-limit.constant)), real(-limit.constant), value)
         # Truncation rounds to nearest, because the number is made positive and a half is added.
@@ -38,7 +39,7 @@ def exp(_context: Any, x: Any) -> Any:
             series = fma(series, f, real(coefficient))
         exponent = b.add(shifted, shifted.type(1))
         exponent = exponent if is_single else b.zext(exponent, bits)
-        return b.fmul(series, b.bitcast(b.shl(exponent, bits(mantissa)), real))
+        return b.select(is_nan, args[0], b.fmul(series, b.bitcast(b.shl(exponent, bits(mantissa)), real)))
 
     return x(x), codegen
 

@@ -7,20 +7,23 @@ direction here; see ``network_codegen``. Nothing but per-atom features and a few
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from equimd.kernels import network_codegen as codegen
+from equimd.kernels import geometry_codegen, network_codegen
 from equimd.kernels.compiled import compile_kernel
-from equimd.kernels.network_codegen import KernelSource, LayerShape, Screening
+from equimd.kernels.geometry_codegen import Screening
+from equimd.kernels.network_codegen import LayerShape
 from equimd.kernels.plan import ConvolutionPlan
 from equimd.kernels.radial_table import RadialTable
+from equimd.kernels.source import KernelSource
 from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
 from equimd.kernels.topology import Topology
 
 _TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_EDGE_DTYPES = {"interval": torch.int64} | dict.fromkeys(("vectors", "slope", "gradient"), torch.float64)
 # Arithmetic of the harmonics, per edge, in multiply-adds as slow as theirs.
 _GEOMETRY_WORK = 600
 
@@ -44,7 +47,7 @@ class Network:
     """Weights of a network with frozen weights.
 
     embedding (S, C) per species; hidden (C, C), bias (C,), weights (C,) and constant () of the read-out;
-    screening and pairs (S, S, 3) of the nuclear repulsion, see ``network_codegen.geometry_source``.
+    screening and pairs (S, S, 3) of the nuclear repulsion, see ``network_geometry_codegen.geometry_source``.
     """
 
     layers: Sequence[Layer]
@@ -65,15 +68,6 @@ class Geometry(NamedTuple):
     shifts: Tensor
     cell: Tensor
     batch: Tensor
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What depends on the species and on the edges alone; made by ``FusedNetwork.prepare``."""
-
-    owner: "FusedNetwork"
-    topology: Topology
-    tensors: Mapping[str, Tensor]
 
 
 class Evaluation(NamedTuple):
@@ -107,7 +101,7 @@ class FusedNetwork:
         table = layers[0].table
         scales = [network.cutoff, table.first, table.per_angstrom, float(table.n_intervals)]
         self._constants: dict[str, Tensor] = {
-            "scales": torch.tensor(scales, dtype=torch.float64),
+            "scales": torch.tensor(scales, dtype=torch.float64, device="cpu"),
             "pairs": network.pairs.to(torch.float64).contiguous(),
             "hidden": self._cast(network.hidden),
             "hidden_back": self._cast(network.hidden.T),
@@ -116,21 +110,29 @@ class FusedNetwork:
         }
         l_max, n_species = layers[0].plan.l_max_sh, network.embedding.shape[0]
         self._steps: list[_Step] = []
-        self._add(codegen.geometry_source(l_max, dtype, n_species, network.screening), {}, _GEOMETRY_WORK, "geometry")
+        self._add(
+            geometry_codegen.geometry_source(l_max, dtype, n_species, network.screening), {}, _GEOMETRY_WORK, "geometry"
+        )
         for k, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
             self._add_layer(k, layer, shape)
             following = {} if k == last else {"up_next": f"up{k + 1}", "h_next": f"h{k + 1}", "x_next": f"x{k + 1}"}
             own = ("h", "x", "z", "mix", "table", "mix_back", "g_to", "g_skip")
             names = {name: f"{name}{k}" for name in own} | {"x_next": f"x{k + 1}"} | following
-            self._add(codegen.forward_source(shape, dtype), names, 2 * shape.work, f"forward {k}")
+            self._add(network_codegen.forward_source(shape, dtype), names, 2 * shape.work, f"forward {k}")
         for k in range(last, -1, -1):
             before = shapes[k - 1] if k else None
             own = ("h", "table", "g_to", "g_skip", "up_back")
             names = {name: f"{name}{k}" for name in own}
             names |= {f"{name}_before": f"{name}{k - 1}" for name in ("z", "g_to", "g_skip", "mix_back")}
-            self._add(codegen.backward_source(shapes[k], before, dtype), names, 4 * shapes[k].work, f"backward {k}")
-        self._add(codegen.gradient_source(l_max, dtype, bool(network.screening)), {}, _GEOMETRY_WORK, "gradient")
-        self._add(codegen.scatter_source(), {}, 0, "scatter")
+            self._add(
+                network_codegen.backward_source(shapes[k], before, dtype), names, 4 * shapes[k].work, f"backward {k}"
+            )
+        self._add(
+            geometry_codegen.gradient_source(l_max, dtype, bool(network.screening)), {}, _GEOMETRY_WORK, "gradient"
+        )
+        self._add(geometry_codegen.scatter_source(), {}, 0, "scatter", is_parallel=False)  # writes to both ends
+        if any(tensor.device.type != "cpu" for tensor in (*self._constants.values(), *self._species)):
+            raise ValueError("weights must be on the CPU")
         self._spare: list[_Workspace] = []
 
     def _cast(self, tensor: Tensor) -> Tensor:
@@ -150,14 +152,32 @@ class FusedNetwork:
         if k:
             self._rows |= {f"h{k}": shape.n_in * c, f"g_skip{k}": shape.n_in * c}
 
-    def _add(self, source: KernelSource, names: Mapping[str, str], work: int, title: str) -> None:
+    def _add(
+        self, source: KernelSource, names: Mapping[str, str], work: int, title: str, is_parallel: bool = True
+    ) -> None:
         kernel = compile_kernel(source.text, len(source.arguments), source.modules)
-        self._steps.append(_Step(title, kernel, tuple(names.get(name, name) for name in source.arguments), work))
+        arguments = tuple(names.get(name, name) for name in source.arguments)
+        self._steps.append(_Step(title, kernel, arguments, work, is_parallel))
 
-    def prepare(self, kind: Tensor, seed: Tensor, topology: Topology) -> Prepared:
-        """For atoms of species ``kind`` (N,) whose outputs count ``seed`` (N,), their scale in eV."""
-        tensors = {
-            "kind": kind.contiguous(),
+    def __call__(
+        self,
+        geometry: Geometry,
+        kind: Tensor,
+        seed: Tensor,
+        topology: Topology,
+        seconds: dict[str, float] | None = None,
+    ) -> Evaluation:
+        """Outputs, forces and virial; ``seconds`` receives how long each step took.
+
+        kind (N,) are rows of the species, seed (N,) how much each output counts, its scale in eV.
+
+        Raises:
+            ValueError: for arrays that do not fit the topology, or are not contiguous, of their type and on the CPU.
+        """
+        n, n_edges, n_systems = topology.n_receivers, topology.n_edges, geometry.cell.shape[0]
+        _check(geometry, kind, topology)
+        inputs = geometry._asdict() | {
+            "kind": kind,
             "x0": self._species[0].index_select(0, kind),
             "h0": self._species[1].index_select(0, kind),
             "seed": self._cast(seed),
@@ -165,31 +185,24 @@ class FusedNetwork:
             "other": topology.senders,
             "ptr": topology.receiver_ptr,
         }
-        return Prepared(self, topology, tensors)
-
-    def __call__(self, geometry: Geometry, prepared: Prepared, seconds: dict[str, float] | None = None) -> Evaluation:
-        """Outputs, forces and virial; ``seconds`` receives how long each step took.
-
-        Raises:
-            ValueError: for arrays that are not float64, int64 or contiguous, or that do not fit the topology.
-        """
-        topology = prepared.topology
-        n, n_edges, n_systems = topology.n_receivers, topology.n_edges, geometry.cell.shape[0]
-        _check(geometry, topology)
+        doubles = {"dtype": torch.float64, "device": "cpu"}
         results = Evaluation(
-            output=torch.empty(n, dtype=torch.float64),
-            repulsion=torch.zeros(n, dtype=torch.float64),
-            forces=torch.zeros(n, 3, dtype=torch.float64),
-            virial=torch.zeros(n_systems, 3, 3, dtype=torch.float64),
+            output=torch.empty(n, **doubles),
+            repulsion=torch.zeros(n, **doubles),
+            forces=torch.zeros(n, 3, **doubles),
+            virial=torch.zeros(n_systems, 3, 3, **doubles),
         )
-        workspace = self._spare.pop() if self._spare else _Workspace(self)
+        try:  # one workspace for each thread that is here at the same time
+            workspace = self._spare.pop()
+        except IndexError:
+            workspace = _Workspace(self._constants, self._rows, self._widths, _TORCH_DTYPES[self.dtype])
         workspace.fit(n, n_edges)
-        tensors = geometry._asdict() | results._asdict() | dict(prepared.tensors)
+        tensors = inputs | results._asdict()
         pointers = workspace.pointers | {name: tensor.data_ptr() for name, tensor in tensors.items()}
         n_threads = torch.get_num_threads()
         for step in self._steps:
             arguments = [pointers[name] for name in step.arguments]
-            parts = max(1, min(n_threads, n_edges * step.work // WORK_PER_THREAD))
+            parts = max(1, min(n_threads, n_edges * step.work // WORK_PER_THREAD)) if step.is_parallel else 1
             start = time.perf_counter()
             run_ranges(step.kernel, arguments, topology.split(parts))
             if seconds is not None:
@@ -202,40 +215,48 @@ class _Step(NamedTuple):
     title: str
     kernel: Callable[..., None]
     arguments: tuple[str, ...]
-    work: int
+    work: int  # multiply-adds per edge
+    is_parallel: bool
 
 
 class _Workspace:
-    """Arrays between the steps, for one call at a time; grown when needed, kept from call to call."""
+    """Arrays between the steps, for one call at a time; kept from call to call while their size is about right."""
 
-    def __init__(self, owner: FusedNetwork) -> None:
-        self._owner = owner
-        self._atoms = self._edges = -1
+    def __init__(
+        self, constants: Mapping[str, Tensor], rows: Mapping[str, int], widths: Mapping[str, int], dtype: torch.dtype
+    ) -> None:
+        self._rows, self._widths, self._dtype = rows, widths, dtype
+        self._n_atoms = self._n_edges = -1
         self._tensors: dict[str, Tensor] = {}
-        self.pointers: dict[str, int] = {name: t.data_ptr() for name, t in owner._constants.items()}
+        self.pointers: dict[str, int] = {name: tensor.data_ptr() for name, tensor in constants.items()}
 
     def fit(self, n_atoms: int, n_edges: int) -> None:
         """Make room for so many atoms and edges, with a little to spare for the next neighbour list."""
-        if n_atoms > self._atoms:
-            self._atoms = n_atoms
-            for name, row in self._owner._rows.items():
-                self._set(name, n_atoms * row, _TORCH_DTYPES[self._owner.dtype])
-        if n_edges > self._edges:
-            self._edges = n_edges + n_edges // 20
-            for name, row in self._owner._widths.items():
-                kinds: dict[str, Any] = {"interval": torch.int64}
-                kinds |= dict.fromkeys(("vectors", "slope", "gradient"), torch.float64)
-                self._set(name, self._edges * row, kinds.get(name, _TORCH_DTYPES[self._owner.dtype]))
+        if not self._n_atoms / 4 <= n_atoms <= self._n_atoms:
+            self._n_atoms = n_atoms
+            for name, row in self._rows.items():
+                self._set(name, n_atoms * row, self._dtype)
+        if not self._n_edges / 4 <= n_edges <= self._n_edges:
+            self._n_edges = n_edges + n_edges // 20
+            for name, row in self._widths.items():
+                self._set(name, self._n_edges * row, _EDGE_DTYPES.get(name, self._dtype))
 
     def _set(self, name: str, size: int, dtype: torch.dtype) -> None:
-        self._tensors[name] = torch.empty(size, dtype=dtype)
+        self._tensors[name] = torch.empty(size, dtype=dtype, device="cpu")
         self.pointers[name] = self._tensors[name].data_ptr()
 
 
-def _check(geometry: Geometry, topology: Topology) -> None:
+def _check(geometry: Geometry, kind: Tensor, topology: Topology) -> None:
     n, n_edges, n_systems = topology.n_receivers, topology.n_edges, geometry.cell.shape[0]
-    shapes = ((n, 3), (n_edges, 3), (n_systems, 3, 3), (n,))
-    for name, tensor, shape in zip(Geometry._fields, geometry, shapes, strict=True):
-        kind = torch.int64 if name == "batch" else torch.float64
-        if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be {shape} {kind} contiguous, got {tuple(tensor.shape)} {tensor.dtype}")
+    wanted = {"positions": (n, 3), "shifts": (n_edges, 3), "cell": (n_systems, 3, 3), "batch": (n,), "kind": (n,)}
+    for name, tensor in (*geometry._asdict().items(), ("kind", kind)):
+        dtype = torch.int64 if name in ("batch", "kind") else torch.float64
+        if (tensor.shape, tensor.dtype, tensor.device.type) != (wanted[name], dtype, "cpu"):
+            raise ValueError(
+                f"{name} must be {wanted[name]} {dtype} on the CPU, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if n and int(geometry.batch.max()) >= n_systems:
+        raise ValueError(f"batch must be below the number of cells, {n_systems}, got {int(geometry.batch.max())}")

@@ -1,10 +1,14 @@
 """Radial functions as piecewise polynomials: quintic, with continuous second derivatives."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from equimd.kernels.interpolation import Intervals, make_intervals
 
 # Where bond lengths begin to make sense; below, the first polynomial is continued.
 _FIRST = 0.02
@@ -38,56 +42,101 @@ class RadialTable:
         return torch.einsum("eq,eq...->e...", powers, self.coefficients[k.to(torch.int64)].to(t.dtype))
 
 
-def tabulate(
-    functions: Sequence[Callable[[Tensor], Tensor]], cutoff: float, tolerance: float, n_intervals: int = 64
-) -> list[RadialTable]:
-    """Tables of functions, (E,) float64 → (E, …) float64, on common intervals, as few (64, 91, 128, …) as will do.
+class Knots:
+    """Equidistant distances at which functions are met with slope and curvature.
 
-    Value, slope and curvature are met at the knots (Hermite interpolation).
+    basis: (E,) → (E, n) float64, differentiable twice. jet: (3, K + 1, n) float64, value, width · slope and
+    width² · curvature of the basis at the knots; middles: (K, n), its values half-way between them.
+    """
+
+    def __init__(self, basis: Callable[[Tensor], Tensor], cutoff: float, n_intervals: int) -> None:
+        self.n_intervals = n_intervals
+        self.width = (cutoff - _FIRST) / n_intervals
+        knots = torch.linspace(_FIRST, cutoff, n_intervals + 1, dtype=torch.float64, device="cpu")
+        value, slope, curvature = _derivatives(basis, knots)
+        self.jet = torch.stack([value, self.width * slope, self.width**2 * curvature])
+        with torch.no_grad():
+            self.middles = basis(knots[:-1] + 0.5 * self.width)
+
+    def shares(self, distances: Tensor) -> tuple[Tensor, Intervals]:
+        """How much of the six numbers at both ends of its interval each distance (E,) takes, (E, 6), and which."""
+        position = (distances - _FIRST) / self.width
+        interval = position.detach().to(torch.int64).clamp(0, self.n_intervals - 1)
+        t = position - interval - 0.5
+        powers = [torch.ones_like(t)]
+        for _ in range(5):
+            powers.append(powers[-1] * t)
+        shares = torch.stack(powers, dim=1) @ _monomials().to(t)
+        return shares, make_intervals(interval, self.n_intervals, step=3, n_taken=6)
+
+
+def tabulate(
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    basis: Callable[[Tensor], Tensor],
+    cutoff: float,
+    tolerance: float,
+    n_intervals: int = 64,
+) -> list[RadialTable]:
+    """Tables of functions of a basis, on common intervals, as few (64, 91, 128, …) as will do.
+
+    Args:
+        networks: Each takes a jet (3, K, n), see ``Knots``, to the jet of its function, (3, K, …).
+        basis: As for ``Knots``.
+        cutoff: Where the last interval ends, in Å.
+        tolerance: The largest ``RadialTable.error``.
+        n_intervals: With which to begin.
 
     Raises:
         ValueError: if 4096 intervals are not enough.
     """
-    tables: list[RadialTable] = []
-    for k, function in enumerate(functions):
-        tables.append(_hermite(function, cutoff, n_intervals))
-        while tables[k].error > tolerance:
-            if n_intervals >= _MAX_INTERVALS:
-                raise ValueError(
-                    f"a radial function is not met to {tolerance:g} by {n_intervals} intervals ({tables[k].error:.2g})"
-                )
-            n_intervals = round(n_intervals * 2**0.5)
-            tables[k] = _hermite(function, cutoff, n_intervals)
-    return [
-        table if table.n_intervals == n_intervals else _hermite(function, cutoff, n_intervals)
-        for table, function in zip(tables, functions, strict=True)
-    ]
+    while True:
+        knots = Knots(basis, cutoff, n_intervals)
+        with torch.no_grad():
+            tables = [_hermite(network, knots) for network in networks]
+        worst = max(table.error for table in tables)
+        if worst <= tolerance:
+            return tables
+        n_intervals = round(n_intervals * 2**0.5)
+        if not (worst < math.inf and n_intervals <= _MAX_INTERVALS):
+            raise ValueError(
+                f"radial functions are not met to {tolerance:g} by {_MAX_INTERVALS} intervals ({worst:.2g})"
+            )
 
 
-def _hermite(function: Callable[[Tensor], Tensor], cutoff: float, n_intervals: int) -> RadialTable:
-    knots = torch.linspace(_FIRST, cutoff, n_intervals + 1, dtype=torch.float64)
-    width = (cutoff - _FIRST) / n_intervals
+def _hermite(network: Callable[[Tensor], Tensor], knots: Knots) -> RadialTable:
+    data = network(knots.jet).transpose(0, 1)  # (K + 1, 3, …)
+    coefficients = torch.einsum("qp,kp...->kq...", _monomials(), torch.cat([data[:-1], data[1:]], dim=1))
+    still = torch.zeros_like(knots.middles)
+    middle = network(torch.stack([knots.middles, still, still]))[0]
+    error = float((coefficients[:, 0] - middle).abs().max() / middle.abs().max().clamp(min=1e-300))
+    return RadialTable(coefficients, _FIRST, 1.0 / knots.width, error)
 
-    def slope(r: Tensor) -> Tensor:
-        return torch.func.jvp(function, (r,), (torch.ones_like(r),))[1]
 
-    with torch.no_grad():
-        value, first = function(knots), slope(knots)
-        second = torch.func.jvp(slope, (knots,), (torch.ones_like(knots),))[1]
-        data = torch.stack([value, width * first, width**2 * second], dim=1)  # (K + 1, 3, …)
-        ends = torch.cat([data[:-1], data[1:]], dim=1)
-        coefficients = torch.einsum("qp,kp...->kq...", torch.linalg.inv(_conditions()), ends)
-        middle = function(knots[:-1] + 0.5 * width)
-        error = float((coefficients[:, 0] - middle).abs().max() / middle.abs().max().clamp(min=1e-300))
-    return RadialTable(coefficients, _FIRST, 1.0 / width, error)
+def _derivatives(basis: Callable[[Tensor], Tensor], r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, slopes and curvatures (E, n) of functions (E,) → (E, n)."""
+    with torch.enable_grad():
+        r = r.detach().requires_grad_()
+        value = basis(r)
+        slopes, curvatures = [], []
+        for column in value.unbind(1):
+            (slope,) = torch.autograd.grad(column.sum(), r, create_graph=True)
+            slopes.append(slope)
+            curvatures.append(torch.autograd.grad(slope.sum(), r, retain_graph=True)[0])
+    return value.detach(), torch.stack(slopes, dim=1).detach(), torch.stack(curvatures, dim=1)
+
+
+@functools.cache
+def _monomials() -> Tensor:
+    """From value, slope and curvature at both ends of −½ … ½ to coefficients of 1, t, … t⁵, (6, 6) float64."""
+    return torch.linalg.inv(_conditions())
 
 
 def _conditions() -> Tensor:
     """Value, slope and curvature at t = −½ and ½ of the monomials 1 … t⁵, (6, 6)."""
-    q = torch.arange(6, dtype=torch.float64)
+    q = torch.arange(6, dtype=torch.float64, device="cpu")
     rows = []
     for t in (-0.5, 0.5):
-        base = torch.tensor(t, dtype=torch.float64)
+        base = torch.tensor(t, dtype=torch.float64, device="cpu")
         rows.append(base**q)
         rows.append(q * base ** (q - 1).clamp(min=0))
         rows.append(q * (q - 1) * base ** (q - 2).clamp(min=0))

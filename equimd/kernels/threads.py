@@ -1,8 +1,9 @@
 """Kernels on several threads: ranges of nodes, one each, on a pool of this process."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 # Multiply-adds below which another thread costs more (about 50 µs to wake it) than it saves.
 WORK_PER_THREAD = 3_000_000
@@ -15,12 +16,18 @@ def run_ranges(kernel: Callable[..., None], arguments: Sequence[int], bounds: Se
         kernel(*arguments, bounds[0], bounds[1])
         return
     pool = _get_pool(len(bounds) - 2)
-    others = [pool.submit(kernel, *arguments, a, b) for a, b in zip(bounds[1:], bounds[2:], strict=False)]
+    futures: list[Future[None]] = []
     try:
+        for low, high in zip(bounds[1:], bounds[2:], strict=False):
+            futures.append(pool.submit(kernel, *arguments, low, high))
         kernel(*arguments, bounds[0], bounds[1])
-    finally:  # the tensors must outlive every thread that writes to them
-        for future in others:
-            future.result()
+    finally:  # the memory must outlive every thread that writes to it, whatever interrupts this one
+        while futures:
+            with contextlib.suppress(KeyboardInterrupt):
+                wait(futures)
+                break
+    for future in futures:
+        future.result()
 
 
 def _get_pool(n_workers: int) -> ThreadPoolExecutor:

@@ -10,9 +10,10 @@ and the atomic output is a small network on the scalars of the last layer. l_max
 With parity off only irreps of natural parity p = (−1)^l are kept, which is still O(3)-equivariant.
 """
 
-import copy
 import math
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -33,18 +34,21 @@ from equimd.kernels import (
 )
 from equimd.kernels.harmonics import spherical_harmonics
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
-from equimd.kernels.radial_table import tabulate
+from equimd.kernels.radial_table import Knots, tabulate
 from equimd.models.potential import FrozenOutput, Potential, PotentialSettings
 from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_parameters
 
 if TYPE_CHECKING:
-    from equimd.kernels.network import FusedNetwork, Prepared
+    from equimd.kernels.network import FusedNetwork
 
 # Relative error of tabulated radial functions, by precision of the network: below the rounding of its weights, and for
 # float64 as far as a table stays small.
+# In training: intervals (a relative error of about 3·10⁻⁷), and edges of a batch from which they save time.
+_TRAINING_INTERVALS, _TABLE_FROM_EDGES = 128, 1000
 _TABLE_TOLERANCE = {torch.float32: 3e-8, torch.float64: 1e-11}
 
 SCALAR: Irrep = (0, 1)
+_FUSING = threading.Lock()  # several threads may ask for the same network at once
 
 
 class EquivariantSettings(PotentialSettings):
@@ -75,7 +79,6 @@ class RadialNetwork(nn.Module):
         self.hidden = nn.ModuleList(hidden)
         self.out = nn.Linear(width, n_paths * n_channels, bias=False)
         self.shape = (n_paths, n_channels)
-        self.activation: Callable[[Tensor], Tensor] = nn.functional.silu
         for k, layer in enumerate([*hidden, self.out]):
             gain = SILU_GAIN if k else 1.0  # of the silu before; in the weights it costs nothing per edge
             nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
@@ -83,14 +86,20 @@ class RadialNetwork(nn.Module):
     def forward(self, basis: Tensor) -> Tensor:
         """Basis (E, n_basis) → weights (E, P, C)."""
         for layer in self.hidden:
-            basis = self.activation(layer(basis))
+            basis = nn.functional.silu(layer(basis))
         return self.out(basis).view(-1, *self.shape)
 
-    def smooth_copy(self) -> "RadialNetwork":
-        """In float64, and twice differentiable in forward mode, which torch's silu is not."""
-        other = copy.deepcopy(self).to(torch.float64)
-        other.activation = lambda x: x * torch.sigmoid(x)
-        return other
+    def jet(self, basis: Tensor) -> Tensor:
+        """Value, slope and curvature of the basis, (3, K, n_basis), → those of the weights, (3, K, P, C)."""
+        hidden, out = cast("list[nn.Linear]", list(self.hidden)), self.out
+        jet = basis
+        for layer in hidden:
+            value, slope, curvature = jet @ layer.weight.to(jet).T
+            s = torch.sigmoid(value)
+            first = s * (1 + value * (1 - s))  # derivatives of silu
+            second = s * (1 - s) * (2 + value * (1 - 2 * s))
+            jet = torch.stack([value * s, first * slope, second * slope.square() + first * curvature])
+        return (jet @ out.weight.to(jet).T).unflatten(-1, self.shape)
 
 
 class IrrepsLinear(nn.Module):
@@ -156,14 +165,21 @@ class InteractionLayer(nn.Module):
     def _n_out(self, irrep: Irrep) -> int:
         return 1 + self.n_gated if irrep == SCALAR else 1
 
-    def forward(self, x: Tensor, sh: Tensor, basis: Tensor, topology: Topology, backend: Backend = "auto") -> Tensor:
-        """x (N, D_in, C), sh (E, (l_max+1)²), basis (E, n_basis) → (N, D_out, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        sh: Tensor,
+        weights: Callable[[RadialNetwork], Tensor],
+        topology: Topology,
+        backend: Backend = "auto",
+    ) -> Tensor:
+        """x (N, D_in, C), sh (E, (l_max+1)²), ``weights`` of a radial network (E, P, C) → (N, D_out, C)."""
         if self.norm is not None:
             x = self.norm(x)
         parts = _split(x, self.irreps_in)
         h = torch.cat(self.up(parts), dim=1)
         edges = (topology.senders, topology.receivers)
-        message = convolve(h, sh, self.radial(basis), *edges, self.plan, backend=backend, topology=topology)
+        message = convolve(h, sh, weights(self.radial), *edges, self.plan, backend=backend, topology=topology)
         skip = dict(zip(self.irreps_in, parts, strict=True))
         rows = message.split([b.n_paths * (2 * b.l + 1) for b in self.plan.blocks], dim=1)
         blocks = []
@@ -194,13 +210,27 @@ def _split(x: Tensor, irreps: tuple[Irrep, ...]) -> list[Tensor]:
     return list(x.split([2 * l + 1 for l, _ in irreps], dim=1))  # noqa: E741
 
 
+def _topology(graph: AtomGraph) -> Topology:
+    receivers, senders = graph.edge_index
+    return derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, as ``parameters()`` and ``buffers()`` in a tenth of the time."""
+    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tensors(child)
+
+
 class EquivariantPotential(Potential):
     """NequIP-like network; see the module's docstring for the equations."""
 
     family: ClassVar[str] = "equivariant"
     settings: EquivariantSettings
-    _fused: "tuple[tuple[int, ...], FusedNetwork] | None" = None
-    _listed: list[nn.Parameter] | None = None
+    _fused: "tuple[tuple[Any, ...], FusedNetwork | None] | None" = None
+    _knots: Knots | None = None
 
     def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
         super().__init__(settings, species, isolated_atom_energies)
@@ -219,16 +249,40 @@ class EquivariantPotential(Potential):
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
-        receivers, senders = graph.edge_index
-        topology = derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
+        topology = _topology(graph)
         distances = safe_norm(vectors)
-        basis = self._basis(distances).to(self.dtype)
+        weights = self._radial_weights(distances)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
         sh = (sh * self.message_scale).to(self.dtype)  # 1/√n̄ is applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
         for layer in self.layers:
-            x = layer(x, sh, basis, topology, self.kernel_backend)
+            x = layer(x, sh, weights, topology, self.kernel_backend)
         return self.readout(x.flatten(1)).squeeze(-1)
+
+    def _radial_weights(self, distances: Tensor) -> Callable[[RadialNetwork], Tensor]:
+        """What turns a radial network into the weights (E, P, C) of these edges.
+
+        In training on many edges that is interpolation between knots: the network is evaluated there with its first two
+        derivatives, and differentiated once; distances enter through polynomials only.
+        """
+        trains = torch.is_grad_enabled() and self.embedding.requires_grad and distances.shape[0] >= _TABLE_FROM_EDGES
+        if not (
+            trains and self.dtype == torch.float32 and self.kernel_backend == "auto" and fuses(self.dtype, self.device)
+        ):
+            basis = self._basis(distances).to(self.dtype)
+            return lambda network: network(basis)
+        from equimd.kernels.interpolation import interpolate
+
+        if self._knots is None:
+            self._knots = Knots(self._basis, self.cutoff, _TRAINING_INTERVALS)
+        shares, intervals = self._knots.shares(distances)
+        shares, jet = shares.to(self.dtype), self._knots.jet.to(self.dtype)
+
+        def weights(network: RadialNetwork) -> Tensor:
+            table = network.jet(jet).transpose(0, 1).reshape(intervals.n_rows, -1)
+            return interpolate(shares, table, intervals).view(-1, *network.shape)
+
+        return weights
 
     def _basis(self, distances: Tensor) -> Tensor:
         """Radial basis (E, n_bessel), smoothly zero at the cutoff."""
@@ -239,47 +293,56 @@ class EquivariantPotential(Potential):
 
     @property
     def has_frozen_network(self) -> bool:
-        """On a CPU, unless a weight is trainable or there is an ``rms_norm``."""
-        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
-            return False
-        return not any(p.requires_grad for p in self._parameter_list())
+        """On a CPU, unless a weight is trainable, there is an ``rms_norm``, or a radial function cannot be tabulated.
 
-    def _parameter_list(self) -> list[nn.Parameter]:
-        if self._listed is None:
-            self._listed = list(self.parameters())
-        return self._listed
+        Changes of weights are noticed, except those made through ``.data`` in place.
+        """
+        return self._frozen() is not None
 
     def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
-        """By compiled kernels, with tabulated radial weights; ``seconds`` receives how long each of them took."""
+        """By compiled kernels, with tabulated radial weights."""
         from equimd.kernels.network import Geometry
 
-        versions = tuple(p._version for p in (*self._parameter_list(), self.scale))
-        if self._fused is None or self._fused[0] != versions:
-            self._fused = (versions, self._fuse())
-        fused = self._fused[1]
+        fused = self._frozen()
+        if fused is None:
+            return super().frozen_network(graph)
+        arrays = (graph.positions, graph.edge_shifts, graph.cell, graph.batch)
+        geometry = Geometry(*(array.contiguous() for array in arrays))
+        kind = self.species_of(graph)
+        return FrozenOutput(*fused(geometry, kind, self.scale[kind], _topology(graph), seconds))
 
-        def prepare() -> "Prepared":
-            receivers, senders = graph.edge_index
-            kind = self.species_of(graph)
-            return fused.prepare(kind, self.scale[kind], make_topology(senders, receivers, graph.n_atoms))
+    def _frozen(self) -> "FusedNetwork | None":
+        """The compiled network of the present weights."""
+        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
+            return None
+        tensors = list(_tensors(self))
+        if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+            return None  # tensors of inference mode do not count their changes
+        state = (self.message_scale, *((id(t), t.data_ptr(), t._version) for t in tensors))
+        if self._fused is None or self._fused[0] != state:
+            with _FUSING:
+                if self._fused is None or self._fused[0] != state:
+                    self._fused = (state, self._fuse())
+        return self._fused[1]
 
-        prepared = derived(graph, "frozen", prepare, lambda held: held.owner is fused)
-        geometry = Geometry(graph.positions, graph.edge_shifts, graph.cell, graph.batch)
-        return FrozenOutput(*fused(geometry, prepared, seconds))
-
-    def _fuse(self) -> "FusedNetwork":
+    def _fuse(self) -> "FusedNetwork | None":
         from equimd.kernels.network import FusedNetwork, Layer, Network
 
         own = cast("list[InteractionLayer]", list(self.layers))
-        radial = [layer.radial.smooth_copy() for layer in own]
-        functions = [lambda r, f=f: f(self._basis(r)) * self.message_scale for f in radial]
-        tables = tabulate(functions, self.cutoff, _TABLE_TOLERANCE[self.dtype])
+        scaled = [lambda jet, f=layer.radial.jet: f(jet) * self.message_scale for layer in own]
+        try:
+            tables = tabulate(scaled, self._basis, self.cutoff, _TABLE_TOLERANCE[self.dtype])
+        except ValueError as error:
+            warnings.warn(f"{error}; the network is evaluated without tables, slowly", RuntimeWarning, stacklevel=2)
+            return None
         layers = [
             Layer(layer.plan, list(layer.up.weights), list(layer.mix.weights), table)
             for layer, table in zip(own, tables, strict=True)
         ]
         first, last = cast("list[nn.Linear]", [self.readout[0], self.readout[2]])
-        screening, pairs = zbl_parameters(self.species) if self.settings.zbl else ((), torch.zeros(1, 1, 3))
+        screening, pairs = ((), torch.zeros(1, 1, 3, device="cpu"))
+        if self.settings.zbl:
+            screening, pairs = zbl_parameters(self.species, self.cutoff)
         network = Network(
             layers,
             self.embedding,
@@ -294,10 +357,10 @@ class EquivariantPotential(Potential):
         return FusedNetwork(network, str(self.dtype).removeprefix("torch."))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
-        self._fused = self._listed = None  # weights may have moved without a new version
+        self._fused = self._knots = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is neither copied nor pickled."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_listed")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_knots")}

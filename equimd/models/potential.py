@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from equimd.errors import InputError
-from equimd.graph import AtomGraph, edge_vectors
+from equimd.graph import AtomGraph, edge_vectors, has_reverse_edges
 from equimd.kernels import Backend
 from equimd.models.radial import zbl_pair_energy
 
@@ -120,8 +120,11 @@ class Potential(nn.Module, ABC):
         """Whether ``frozen_network`` is there, as the weights are now: a faster way where nothing is differentiated."""
         return False
 
-    def frozen_network(self, graph: AtomGraph) -> FrozenOutput:
-        """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing."""
+    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
+        """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing.
+
+        For graphs that hold the reverse of every edge. ``seconds`` receives how long each step took.
+        """
         raise TypeError(f"{type(self).__name__} has no frozen network")
 
     @abstractmethod
@@ -154,14 +157,14 @@ class Potential(nn.Module, ABC):
         energies = (output * self.scale[kind] + self.shift[kind]).to(torch.float64)
         if self.settings.zbl:
             z = graph.atomic_numbers
-            pair = zbl_pair_energy(vectors, z[graph.edge_index[0]], z[graph.edge_index[1]])
+            pair = zbl_pair_energy(vectors, z[graph.edge_index[0]], z[graph.edge_index[1]], self.cutoff)
             energies = energies.index_add(0, graph.edge_index[0], 0.5 * pair)
         return energies
 
     def forward(self, graph: AtomGraph, *, stress: bool = False, create_graph: bool = False) -> Prediction:
         """Energy, atomic energies, forces and (if asked) stress; ``create_graph`` keeps them differentiable."""
         kind = self.species_of(graph)
-        if not create_graph and self.has_frozen_network:
+        if not create_graph and self.has_frozen_network and has_reverse_edges(graph):
             frozen = self.frozen_network(graph)
             relative = frozen.output * self.scale[kind] + self.shift[kind] + frozen.repulsion
             sigma = frozen.virial / _volume(graph)[:, None, None] if stress else None

@@ -50,28 +50,31 @@ def cosine_cutoff(distances: Tensor, cutoff: float, width: float) -> Tensor:
 _ZBL_SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
 
 
-def zbl_pair_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
-    """Screened nuclear repulsion (E,) in eV per pair, smoothly zero beyond the sum of covalent radii (as in MACE)."""
+def zbl_pair_energy(vectors: Tensor, z_i: Tensor, z_j: Tensor, cutoff: float) -> Tensor:
+    """Screened nuclear repulsion (E,) in eV per pair, smoothly zero beyond the sum of covalent radii (as in MACE).
+
+    Or beyond the ``cutoff`` in Å where that is less.
+    """
     r = safe_norm(vectors)
     radii = torch.tensor(COVALENT_RADII, dtype=r.dtype, device=r.device)
     zi, zj = z_i.to(r.dtype), z_j.to(r.dtype)
     x = r / _zbl_length(zi, zj)
     phi = sum(c * torch.exp(-b * x) for c, b in _ZBL_SCREENING)
-    return HARTREE * BOHR * zi * zj / r * phi * polynomial_cutoff(r, radii[z_i] + radii[z_j])
+    return HARTREE * BOHR * zi * zj / r * phi * polynomial_cutoff(r, (radii[z_i] + radii[z_j]).clamp(max=cutoff))
 
 
 def _zbl_length(z_i: Tensor, z_j: Tensor) -> Tensor:
     return 0.88534 * BOHR / (z_i**0.23 + z_j**0.23)
 
 
-def zbl_parameters(species: tuple[int, ...]) -> tuple[tuple[tuple[float, float], ...], Tensor]:
+def zbl_parameters(species: tuple[int, ...], cutoff: float) -> tuple[tuple[tuple[float, float], ...], Tensor]:
     """What ``zbl_pair_energy`` is made of: the screening as pairs (c, b), and (S, S, 3) float64 by species.
 
     The last axis holds e² Z Z' in eV Å, the inverse screening length in Å⁻¹ and the reach in Å.
     """
-    z = torch.tensor(species, dtype=torch.float64)
-    radii = torch.tensor(COVALENT_RADII, dtype=torch.float64)[list(species)]
+    z = torch.tensor(species, dtype=torch.float64, device="cpu")
+    radii = torch.tensor([COVALENT_RADII[k] for k in species], dtype=torch.float64, device="cpu")
     zi, zj = torch.meshgrid(z, z, indexing="ij")
     return _ZBL_SCREENING, torch.stack(
-        [HARTREE * BOHR * zi * zj, 1 / _zbl_length(zi, zj), radii[:, None] + radii], dim=-1
+        [HARTREE * BOHR * zi * zj, 1 / _zbl_length(zi, zj), (radii[:, None] + radii).clamp(max=cutoff)], dim=-1
     )

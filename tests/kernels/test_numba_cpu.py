@@ -54,6 +54,7 @@ def test_kernels_are_files_in_the_cache_folder(tmp_path, monkeypatch):
     assert list((tmp_path / "kernels").rglob("*.nbi"))
     files[0].write_text("broken")
     monkeypatch.setattr(compiled, "_kernels", {})
+    monkeypatch.setattr(compiled, "_by_name", {})
     compiled.get_kernel("forward", make_layer_plan(0), 3, "float64")
     assert files[0].read_text() != "broken"
 

@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from equimd.kernels.radial_table import tabulate
+from equimd.kernels.radial_table import Knots, tabulate
 
 CUTOFF = 5.0
+
+
+def table_of(function, tolerance, n_intervals=64):
+    """Of a function itself: the basis is the function, and the network passes it on."""
+    flat = lambda r: function(r).flatten(1)  # noqa: E731
+    return tabulate([lambda jet: jet.unflatten(2, (2, 4))], flat, CUTOFF, tolerance, n_intervals)[0]
 
 
 def waves(r):
@@ -18,16 +24,16 @@ def waves(r):
 
 @pytest.mark.parametrize("tolerance", [1e-8, 1e-11])
 def test_error_is_within_the_tolerance_everywhere(tolerance):
-    (table,) = tabulate([waves], CUTOFF, tolerance)
+    table = table_of(waves, tolerance)
     r = torch.linspace(0.1, CUTOFF, 20_001, dtype=torch.float64)
     error = float((table(r) - waves(r)).abs().max() / waves(r).abs().max())
     assert error <= 1.5 * tolerance  # largest near, not exactly in, the middle of an interval
-    coarse = tabulate([waves], CUTOFF, 1.0, n_intervals=table.n_intervals // 3)[0]
+    coarse = table_of(waves, 1.0, table.n_intervals // 3)
     assert float((coarse(r) - waves(r)).abs().max() / waves(r).abs().max()) > 2 * tolerance
 
 
 def test_is_smooth_across_the_knots():
-    (table,) = tabulate([waves], CUTOFF, 1.0, n_intervals=20)
+    table = table_of(waves, 1.0, 20)
     knots = table.first + torch.arange(1, 20, dtype=torch.float64) / table.per_angstrom
     width = 1 / table.per_angstrom
     rows = table.coefficients.flatten(2)
@@ -47,11 +53,22 @@ def test_is_smooth_across_the_knots():
 
 
 def test_functions_share_their_intervals():
-    fast, slow = tabulate([lambda r: torch.sin(40 * r), lambda r: torch.cos(r)], CUTOFF, 1e-9)
+    networks = [lambda jet: jet, lambda jet: jet[..., :1]]
+    fast, slow = tabulate(networks, lambda r: torch.stack([torch.cos(r), torch.sin(40 * r)], dim=1), CUTOFF, 1e-9)
     assert fast.n_intervals == slow.n_intervals > 64
     assert max(fast.error, slow.error) <= 1e-9
 
 
 def test_gives_up_on_a_function_with_a_step():
-    with pytest.raises(ValueError, match="4096 intervals|intervals"):
-        tabulate([lambda r: (r > 2.0).to(r.dtype) + 0.0 * r], CUTOFF, 1e-9)
+    with pytest.raises(ValueError, match="4096 intervals"):
+        tabulate([lambda jet: jet], lambda r: torch.stack([torch.tanh(1e6 * (r - 2.0))], dim=1), CUTOFF, 1e-9)
+
+
+def test_shares_interpolate():
+    knots = Knots(lambda r: waves(r).flatten(1), CUTOFF, 100)
+    r = torch.linspace(0.1, CUTOFF, 1001, dtype=torch.float64)
+    shares, intervals = knots.shares(r)
+    rows = knots.jet.transpose(0, 1).flatten(0, 1)[intervals.interval[:, None] * 3 + torch.arange(6)]
+    got = torch.einsum("eq,eqn->en", shares, rows)
+    assert float((got - waves(r).flatten(1)).abs().max()) < 1e-6
+    assert float((got - waves(r + 1e-3).flatten(1)).abs().max()) > 1e-4

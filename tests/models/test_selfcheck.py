@@ -64,7 +64,7 @@ def test_direct_forces_are_not_asked_for_a_gradient():
         (toys.WrongForces, "not the gradient"),
         (toys.WrongStress, "stress is not"),
         (toys.HardCutoff, "beyond the cutoff"),
-        (toys.BrokenSingle, "forces in float32"),
+        (toys.BrokenSingle, "predictions in float32"),
         (toys.OrderDependent, "another order"),
         (toys.NotInvariant, "do not turn"),
     ],
@@ -122,23 +122,35 @@ def test_broken_convolution_falls_back_to_the_reference(monkeypatch, dtype):
     assert potential.kernel_backend == "reference"
 
 
-def test_forces_that_are_not_the_gradient_fall_back(monkeypatch):
-    """The fused network at l_max 3 with a wrong derivative of the radial weights: energies right, forces not."""
-    from equimd.kernels import network_codegen
+FAULTS = {
+    "forces that are not the gradient": ("gradient_source", "along += g_r[e]", "along += 0.7 * g_r[e]"),
+    "a repulsion of another slope": ("geometry_source", "slope[e] = 0.5", "slope[e] = 5.0"),
+    "a repulsion that is not in the energy": ("geometry_source", "repulsion[n] = total", "repulsion[n] = 0.0"),
+    "a virial that is too large": ("scatter_source", "w[3 * a + b] += v[a]", "w[3 * a + b] += 2.0 * v[a]"),
+    "one cell for all structures": ("geometry_source", "cell[batch[n]]", "cell[0]"),
+    "edges beyond the cutoff": ("geometry_source", "if r > scales[0]:", "if r > 2 * scales[0]:"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_networks_fall_back(monkeypatch, fault):
+    """At l_max 3, one line of the generated code wrong."""
+    from equimd.kernels import geometry_codegen
 
     potential = _equivariant(l_max=3).requires_grad_(False)
     assert potential.has_frozen_network
-    right = network_codegen.gradient_source
+    name, line, other = FAULTS[fault]
+    right = getattr(geometry_codegen, name)
     with monkeypatch.context() as broken:
 
         def wrong(*args):
             source = right(*args)
-            text = source.text.replace("along += g_r[e] * scales[2]", "along += 0.7 * g_r[e] * scales[2]")
-            assert text != source.text
-            return source._replace(text=text)
+            assert line in source.text
+            return source._replace(text=source.text.replace(line, other))
 
-        broken.setattr(network_codegen, "gradient_source", wrong)
-        with pytest.warns(RuntimeWarning, match='"auto": forces off by .* "numba" is used instead'):
+        broken.setattr(geometry_codegen, name, wrong)
+        potential._fused = None
+        with pytest.warns(RuntimeWarning, match='"auto": off by .* "numba" is used instead'):
             assert self_check(potential).ok
     assert not potential.has_frozen_network
     sound = _equivariant(l_max=3).requires_grad_(False)
