@@ -30,7 +30,7 @@ SECONDS_PER_WORKER = 12.0
 ROUNDS = 8
 
 EQUIVARIANT = {"family": "equivariant", "cutoff": 5.0, "n_layers": 3, "l_max": 2, "n_channels": 32}
-# PET's default size: d 128, 2 × 2 layers, 2.9 million parameters.
+# PET's default width and number of layers; PET has more parameters in them.
 TRANSFORMER = {
     "family": "transformer",
     "cutoff": 4.5,
@@ -171,12 +171,12 @@ def measure(work: Path, row: dict[str, Any], threads: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line per contestant and row."""
-    lines = ["| work | potential | ms | times equimd |", "|---|---|---|---|"]
+    lines = ["| work | potential | parameters | ms | times equimd |", "|---|---|---|---|---|"]
     for row, contestants in results["rows"].items():
         for name, result in contestants.items():
             ms = f"{result['ms']:.3g}" if "ms" in result else f"does not run: {result['error']}"
             ratio = f"{result['ratio']:.1f}" if "ratio" in result else ""
-            lines.append(f"| {row} | {name} | {ms} | {ratio} |")
+            lines.append(f"| {row} | {name} | {result.get('parameters', 0):,} | {ms} | {ratio} |")
     made = results["provenance"]
     versions = ", ".join([TORCH, *(package for packages in PEERS.values() for package in packages)])
     lines += ["", f"{made['processor']}, {results['threads']} threads, float32, {made['date']}; {versions}."]
