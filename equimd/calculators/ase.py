@@ -89,7 +89,7 @@ class EquimdCalculator(Calculator):
         return {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides every prediction to the last bit: weights (SHA-256), precision, kernels, symmetrisation; the name."""
+        """What decides every prediction to the last bit: SHA-256 of the weights, precision, kernels, symmetrisation."""
         weights = hashlib.sha256()
         for key, tensor in self._base.state_dict().items():
             weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
