@@ -37,7 +37,7 @@ class EquimdCalculator(Calculator):
         dtype: Precision of the network, "float32" or "float64".
         symmetrize: None, "average", "random", "canonical", or the settings of a ``SymmetrizedPotential`` as a mapping.
         skin: Width in Å of the Verlet skin.
-        self_check: Check gradient, neighbours and symmetry once, now; takes less than a second.
+        self_check: Check kernels, gradient, neighbours and symmetry once, now; compiles kernels on their first use.
 
     Raises:
         InputError: here for a potential, device, dtype or option that does not exist; in a calculation for an unknown
@@ -69,10 +69,10 @@ class EquimdCalculator(Calculator):
             from equimd.models.selfcheck import self_check
 
             self_check(base).raise_if_failed()
-        self._base = base
         from equimd.calculators.evaluator import Evaluator
         from equimd.calculators.loading import symmetrized
 
+        self._base = base
         self.potential = symmetrized(base, self._symmetrize)
         self.family: str = base.family
         self.stochastic = getattr(self.potential, "mode", None) == "random"

@@ -3,8 +3,7 @@
 It keeps a Verlet list and a graph from step to step. A frozen network takes edges of the skin as they come, and passes
 over them. Before any other they are dropped: for
 the cutoff r and the skin s they are a share 1 − (r/(r + s))³ of a dense system's edges (25 % for 5 + 0.5 Å), each as
-dear as the others (96 atoms of water on one CPU core: 46 against 69 ms a step for an equivariant network, 140 against
-231 for a transformer), while finding them costs one pass over edge vectors. What is left is the very list, in the very
+dear as the others, while finding them costs one pass over edge vectors. What is left is the very list, in the very
 order, that a fresh search gives, so predictions do not depend on when the list was built. Where nothing is to be
 dropped (small molecules), or the same edges as before, the graph stays and with it what networks derive from its edges.
 """

@@ -47,7 +47,7 @@ class Network:
     """Weights of a network with frozen weights.
 
     embedding (S, C) per species; hidden (C, C), bias (C,), weights (C,) and constant () of the read-out;
-    screening and pairs (S, S, 3) of the nuclear repulsion, see ``network_geometry_codegen.geometry_source``.
+    screening and pairs (S, S, 3) of the nuclear repulsion, see ``geometry_codegen.geometry_source``.
     """
 
     layers: Sequence[Layer]

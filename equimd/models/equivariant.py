@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Relative error of tabulated radial functions, by precision of the network: below the rounding of its weights, and for
 # float64 as far as a table stays small.
-# In training: intervals (a relative error of about 3·10⁻⁷), and edges of a batch from which they save time.
+# In training: intervals of the radial functions, and edges of a batch from which on they are interpolated.
 _TRAINING_INTERVALS, _TABLE_FROM_EDGES = 128, 1000
 _TABLE_TOLERANCE = {torch.float32: 3e-8, torch.float64: 1e-11}
 
@@ -216,7 +216,7 @@ def _topology(graph: AtomGraph) -> Topology:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, as ``parameters()`` and ``buffers()`` in a tenth of the time."""
+    """Parameters and buffers, without the bookkeeping of ``parameters()``: asked for at every step."""
     yield from (tensor for tensor in module._parameters.values() if tensor is not None)
     yield from (tensor for tensor in module._buffers.values() if tensor is not None)
     for child in module._modules.values():
@@ -266,9 +266,8 @@ class EquivariantPotential(Potential):
         derivatives, and differentiated once; distances enter through polynomials only.
         """
         trains = torch.is_grad_enabled() and self.embedding.requires_grad and distances.shape[0] >= _TABLE_FROM_EDGES
-        if not (
-            trains and self.dtype == torch.float32 and self.kernel_backend == "auto" and fuses(self.dtype, self.device)
-        ):
+        fast = self.dtype == torch.float32 and self.kernel_backend == "auto" and fuses(self.dtype, self.device)
+        if not (trains and fast):
             basis = self._basis(distances).to(self.dtype)
             return lambda network: network(basis)
         from equimd.kernels.interpolation import interpolate
