@@ -16,6 +16,9 @@ from equimd.kernels.plan import ConvolutionPlan, Path
 KINDS = ("forward", "grad_x", "grad_y", "grad_w", "grad_yw")
 TERMS_PER_LOOP = 20
 
+OPTIONS = 'error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}'  # NaN and infinity stay what they are
+"""Of everything that numba compiles here."""
+
 _HEADER = '''"""Made by equimd.kernels.codegen; safe to delete."""
 
 import numpy as np
@@ -30,8 +33,7 @@ ZERO = np.{dtype}(0)
 @cfunc(
     types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, types.int64, types.int64),
     cache=True,
-    error_model="numpy",
-    fastmath={{"reassoc", "contract", "nsz", "arcp"}},  # NaN and infinity stay what they are
+    {options},
 )
 def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_other, p_ptr, low, high):
     order = carray(p_order, ROWS)
@@ -63,7 +65,7 @@ def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str)
     constants = Constants()
     body = _BODIES[kind](plan, n_channels, constants)
     names = "".join(f"{name} = np.{dtype}({value})\n" for value, name in constants.names.items())
-    return _HEADER.format(dtype=dtype, constants=names) + "\n".join(body) + "\n"
+    return _HEADER.format(dtype=dtype, constants=names, options=OPTIONS) + "\n".join(body) + "\n"
 
 
 def path_terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:

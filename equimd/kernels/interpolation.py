@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equimd.kernels.codegen import OPTIONS
 from equimd.kernels.compiled import compile_kernel
 from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
 
@@ -204,7 +205,7 @@ def _kernel(kind: str, width: int, step: int, n_taken: int, dtype: str) -> Calla
         f"ROWS, ZERO = 1 << 40, np.{dtype}(0)\n\n",
         "@cfunc(",
         "    types.void(REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, types.int64, types.int64),",
-        '    cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"},',
+        f"    cache=True, {OPTIONS},",
         ")",
         "def kernel(p_b, p_t, p_g, p_out, p_interval, p_order, p_ptr, low, high):",
         *(f"    {name} = carray(p_{name}, (ROWS, {row}))" for name, row in shapes.items()),

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from equimd.kernels.codegen import Constants
+from equimd.kernels.codegen import OPTIONS, Constants
 from equimd.kernels.compiled import module_name
 
-OPTIONS = 'error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}'  # NaN and infinity stay what they are
 NODE, EDGE = " " * 8, " " * 12
 """Indentation of a line that is executed for every atom, and for every edge."""
 

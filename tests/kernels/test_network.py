@@ -21,6 +21,7 @@ from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 
 ISOLATED = {1: -13.0, 8: -400.0}
 CUTOFF = 3.5
+EXACT = 1e-10  # ten times the tolerance of the radial tables in float64
 
 
 def make_potential(dtype=torch.float64, **settings):
@@ -62,8 +63,9 @@ def largest_difference(fast, slow):
 @pytest.mark.parametrize("l_max", [0, 1, 2, 3])
 @pytest.mark.parametrize("parity", [False, True])
 def test_equals_reference_in_float64(l_max, parity):
-    potential = make_potential(l_max=l_max, parity=parity)
-    assert largest_difference(*both(potential, make_graph())) < 1e-10
+    """Irreps of unnatural parity come into being in the second layer, so the third is the first to read them."""
+    potential = make_potential(l_max=l_max, parity=parity, n_layers=3 if parity and l_max < 3 else 2)
+    assert largest_difference(*both(potential, make_graph())) < EXACT
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_channels": 5}, {"n_layers": 1}, {"n_layers": 3}, {"zbl": False}])
@@ -90,7 +92,7 @@ def test_equals_reference_in_float32(settings):
     ids=["molecule", "one atom", "one atom and its images", "all isolated", "batch"],
 )
 def test_equals_reference_for_every_kind_of_graph(graph):
-    assert largest_difference(*both(make_potential(), graph)) < 1e-10
+    assert largest_difference(*both(make_potential(), graph)) < EXACT
 
 
 def test_unnatural_irreps_everywhere():
@@ -98,7 +100,7 @@ def test_unnatural_irreps_everywhere():
     potential = make_potential(l_max=1, parity=True, n_layers=5, n_channels=3)
     assert (0, -1) in potential.layers[3].irreps_out
     assert (0, -1) in potential.layers[4].irreps_in
-    assert largest_difference(*both(potential, make_graph())) < 1e-10
+    assert largest_difference(*both(potential, make_graph())) < EXACT
 
 
 def test_energies_without_stress_are_the_same():
@@ -197,7 +199,7 @@ def test_new_weights_are_seen(change):
     before = potential(graph).energies
     change(potential)
     assert not torch.allclose(potential(graph).energies, before, rtol=1e-6)
-    assert largest_difference(*both(potential, graph)) < 1e-10
+    assert largest_difference(*both(potential, graph)) < EXACT
 
 
 def test_new_precision_is_seen():
@@ -211,7 +213,7 @@ def test_new_species_are_seen():
     potential, graph = make_potential(), make_graph()
     potential(graph)
     graph.atomic_numbers = 9 - graph.atomic_numbers
-    assert largest_difference(*both(potential, graph)) < 1e-10
+    assert largest_difference(*both(potential, graph)) < EXACT
 
 
 def test_lists_without_every_reverse_edge_take_the_other_way():
@@ -221,7 +223,7 @@ def test_lists_without_every_reverse_edge_take_the_other_way():
     assert potential.has_frozen_network
     assert not has_reverse_edges(graph)
     fast, slow = both(potential, graph)
-    assert largest_difference(fast, slow) < 1e-10
+    assert largest_difference(fast, slow) < EXACT
     assert has_reverse_edges(make_graph())
 
 
@@ -372,7 +374,7 @@ def test_training_on_many_edges_reads_radial_weights_from_knots(monkeypatch):
         pairs = [(got, forces), *zip(ours, exact, strict=True)]
         return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
 
-    assert errors() < 2e-5
+    assert errors() < 2e-5  # float32 rounding of the smallest gradients; the table itself is nearer
     monkeypatch.setattr(equivariant, "_TRAINING_INTERVALS", 12)
     potential._knots = None
     assert errors() > 1e-4
