@@ -27,10 +27,27 @@ def geometry_source(l_max: int, dtype: str, n_species: int, repulsion: Screening
     """
     s = Source(dtype)
     dim = (l_max + 1) ** 2
+    s.array("scales", kind="DOUBLE"), s.array("sh", dim), s.array("place"), s.array("interval", kind="INDEX")
+    walk_distances(s, n_species, repulsion)
+    s.add("if r > scales[0]:", "    interval[e] = -1", "    continue", indent=EDGE)
+    s.add("position = (r - scales[1]) * scales[2]", indent=EDGE)
+    s.add("k = min(max(int(position), 0), int(scales[3]) - 1)", indent=EDGE)
+    s.add("interval[e] = k", "place[e] = position - k - 0.5", indent=EDGE)
+    s.add(*_harmonics(l_max), indent=EDGE)
+    s.add(*(f"sh[e, {j}] = y{j}" for j in range(dim)), indent=EDGE)
+    if repulsion:
+        s.add("repulsion[n] = total")
+    return s.result()
+
+
+def walk_distances(s: Source, n_species: int, repulsion: Screening) -> None:
+    """The loops over atoms and edges, in which vectors are written, and u0, u1, u2 and r are direction and distance.
+
+    The nuclear repulsion is accumulated in ``total``, for the caller to write at the end of the loop over edges.
+    """
     s.array("order", kind="INDEX"), s.array("other", kind="INDEX"), s.array("ptr", kind="INDEX")
     s.array("positions", 3, "DOUBLE"), s.array("shifts", 3, "DOUBLE"), s.array("cell", 9, "DOUBLE")
-    s.array("batch", kind="INDEX"), s.array("vectors", 3, "DOUBLE"), s.array("scales", kind="DOUBLE")
-    s.array("sh", dim), s.array("place"), s.array("interval", kind="INDEX")
+    s.array("batch", kind="INDEX"), s.array("vectors", 3, "DOUBLE")
     s.add("box = cell[batch[n]]")
     if repulsion:
         s.array("kind", kind="INDEX"), s.array("pairs", 3, "DOUBLE")
@@ -41,18 +58,9 @@ def geometry_source(l_max: int, dtype: str, n_species: int, repulsion: Screening
     for k in range(3):  # term by term and in this order, so that the reverse edge is the exact negative
         terms = "".join(f" + shifts[e, {axis}] * box[{3 * axis + k}]" for axis in range(3))
         s.add(f"vectors[e, {k}] = there[{k}] - positions[n, {k}]{terms}", indent=EDGE)
-    s.add(*_unit_vector(), indent=EDGE)
+    s.add(*unit_vector(), indent=EDGE)
     if repulsion:
         s.add(*_repulsion(n_species, repulsion), indent=EDGE)
-    s.add("if r > scales[0]:", "    interval[e] = -1", "    continue", indent=EDGE)
-    s.add("position = (r - scales[1]) * scales[2]", indent=EDGE)
-    s.add("k = min(max(int(position), 0), int(scales[3]) - 1)", indent=EDGE)
-    s.add("interval[e] = k", "place[e] = position - k - 0.5", indent=EDGE)
-    s.add(*_harmonics(l_max), indent=EDGE)
-    s.add(*(f"sh[e, {j}] = y{j}" for j in range(dim)), indent=EDGE)
-    if repulsion:
-        s.add("repulsion[n] = total")
-    return s.result()
 
 
 def gradient_source(l_max: int, dtype: str, repulsion: bool) -> KernelSource:
@@ -65,7 +73,7 @@ def gradient_source(l_max: int, dtype: str, repulsion: bool) -> KernelSource:
     if repulsion:
         s.array("slope", kind="DOUBLE")
     s.add("for m in range(ptr[n], ptr[n + 1]):")
-    s.add("e = order[m]", *_unit_vector(), indent=EDGE)
+    s.add("e = order[m]", *unit_vector(), indent=EDGE)
     s.add(f"along = {'slope[e]' if repulsion else '0.0'}", "d0 = d1 = d2 = 0.0", indent=EDGE)
     s.add("if interval[e] >= 0:", indent=EDGE)
     inner = ["along += g_r[e] * scales[2]", *_harmonics(l_max), *_harmonics_backward(l_max)]
@@ -92,7 +100,8 @@ def scatter_source() -> KernelSource:
     return s.result()
 
 
-def _unit_vector() -> list[str]:
+def unit_vector() -> list[str]:
+    """u0, u1, u2 and r of the edge ``e``."""
     lines = [f"u{k} = vectors[e, {k}]" for k in range(3)]
     return [*lines, "r = math.sqrt(u0 * u0 + u1 * u1 + u2 * u2)", *(f"u{k} /= r" for k in range(3))]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from equimd.kernels import geometry_codegen, network_codegen
 from equimd.kernels.compiled import compile_kernel
+from equimd.kernels.frozen import DTYPES, Evaluation, Geometry, check_inputs, make_evaluation
 from equimd.kernels.geometry_codegen import Screening
 from equimd.kernels.network_codegen import LayerShape
 from equimd.kernels.plan import ConvolutionPlan
@@ -21,9 +22,8 @@ from equimd.kernels.radial_table import RadialTable
 from equimd.kernels.source import KernelSource
 from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
 from equimd.kernels.topology import Topology
+from equimd.kernels.workspace import Field, Workspace
 
-_TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_EDGE_DTYPES = {"interval": torch.int64} | dict.fromkeys(("vectors", "slope", "gradient"), torch.float64)
 # Arithmetic of the harmonics, per edge, in multiply-adds as slow as theirs.
 _GEOMETRY_WORK = 600
 
@@ -61,27 +61,6 @@ class Network:
     pairs: Tensor
 
 
-class Geometry(NamedTuple):
-    """positions (N, 3), shifts (E, 3) in lattice vectors, cell (S, 3, 3), all float64; batch (N,) int64."""
-
-    positions: Tensor
-    shifts: Tensor
-    cell: Tensor
-    batch: Tensor
-
-
-class Evaluation(NamedTuple):
-    """output (N,) float64 of the network; repulsion (N,) eV; forces (N, 3) eV/Å and virial (S, 3, 3) eV, float64.
-
-    Forces and virial are those of Σ seed · output + repulsion, the virial Σ r ⊗ ∂E/∂r.
-    """
-
-    output: Tensor
-    repulsion: Tensor
-    forces: Tensor
-    virial: Tensor
-
-
 class FusedNetwork:
     """``network`` as a function of the geometry, compiled for one channel count and one dtype.
 
@@ -94,9 +73,18 @@ class FusedNetwork:
         layers, c = network.layers, network.embedding.shape[1]
         last = len(layers) - 1
         shapes = [LayerShape(layer.plan, c, k == 0, k == last) for k, layer in enumerate(layers)]
-        self._widths = {"sh": (layers[0].plan.l_max_sh + 1) ** 2, "place": 1, "interval": 1, "vectors": 3, "slope": 1}
-        self._widths |= {"g_sh": self._widths["sh"], "g_r": 1, "gradient": 3}
-        self._rows: dict[str, int] = {}
+        real, double = DTYPES[dtype], torch.float64
+        n_harmonics = (layers[0].plan.l_max_sh + 1) ** 2
+        self._fields: dict[str, Field] = {
+            "vectors": Field("edge", 3, double),
+            "interval": Field("edge", 1, torch.int64),
+            "place": Field("edge", 1, real),
+            "sh": Field("edge", n_harmonics, real),
+            "slope": Field("edge", 1, double),
+            "g_sh": Field("edge", n_harmonics, real),
+            "g_r": Field("edge", 1, real),
+            "gradient": Field("edge", 3, double),
+        }
         self._species = [self._cast(network.embedding), self._cast(network.embedding @ layers[0].up[0])]
         table = layers[0].table
         scales = [network.cutoff, table.first, table.per_angstrom, float(table.n_intervals)]
@@ -133,10 +121,10 @@ class FusedNetwork:
         self._add(geometry_codegen.scatter_source(), {}, 0, "scatter", is_parallel=False)  # writes to both ends
         if any(tensor.device.type != "cpu" for tensor in (*self._constants.values(), *self._species)):
             raise ValueError("weights must be on the CPU")
-        self._spare: list[_Workspace] = []
+        self._spare: list[Workspace] = []
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(_TORCH_DTYPES[self.dtype]).contiguous()
+        return tensor.detach().to(DTYPES[self.dtype]).contiguous()
 
     def _add_layer(self, k: int, layer: Layer, shape: LayerShape) -> None:
         """Flat constant arrays of one layer, and rows of its per-atom arrays."""
@@ -148,9 +136,10 @@ class FusedNetwork:
             f"up_back{k}": self._cast(torch.cat([w.T.flatten() for w in layer.up])),
         }
         c = shape.n_channels
-        self._rows |= {f"z{k}": shape.n_z * c, f"g_to{k}": shape.plan.dim_out * c, f"x{k + 1}": shape.n_out * c}
+        rows = {f"z{k}": shape.n_z, f"g_to{k}": shape.plan.dim_out, f"x{k + 1}": shape.n_out}
         if k:
-            self._rows |= {f"h{k}": shape.n_in * c, f"g_skip{k}": shape.n_in * c}
+            rows |= {f"h{k}": shape.n_in, f"g_skip{k}": shape.n_in}
+        self._fields |= {name: Field("atom", n * c, DTYPES[self.dtype]) for name, n in rows.items()}
 
     def _add(
         self, source: KernelSource, names: Mapping[str, str], work: int, title: str, is_parallel: bool = True
@@ -175,7 +164,7 @@ class FusedNetwork:
             ValueError: for arrays that do not fit the topology, or are not contiguous, of their type and on the CPU.
         """
         n, n_edges, n_systems = topology.n_receivers, topology.n_edges, geometry.cell.shape[0]
-        _check(geometry, kind, topology)
+        check_inputs(geometry, kind, topology)
         inputs = geometry._asdict() | {
             "kind": kind,
             "x0": self._species[0].index_select(0, kind),
@@ -185,18 +174,12 @@ class FusedNetwork:
             "other": topology.senders,
             "ptr": topology.receiver_ptr,
         }
-        doubles = {"dtype": torch.float64, "device": "cpu"}
-        results = Evaluation(
-            output=torch.empty(n, **doubles),
-            repulsion=torch.zeros(n, **doubles),
-            forces=torch.zeros(n, 3, **doubles),
-            virial=torch.zeros(n_systems, 3, 3, **doubles),
-        )
+        results = make_evaluation(n, n_systems)
         try:  # one workspace for each thread that is here at the same time
             workspace = self._spare.pop()
         except IndexError:
-            workspace = _Workspace(self._constants, self._rows, self._widths, _TORCH_DTYPES[self.dtype])
-        workspace.fit(n, n_edges)
+            workspace = Workspace(self._fields, self._constants)
+        workspace.fit(atom=n, edge=n_edges)
         tensors = inputs | results._asdict()
         pointers = workspace.pointers | {name: tensor.data_ptr() for name, tensor in tensors.items()}
         n_threads = torch.get_num_threads()
@@ -217,46 +200,3 @@ class _Step(NamedTuple):
     arguments: tuple[str, ...]
     work: int  # multiply-adds per edge
     is_parallel: bool
-
-
-class _Workspace:
-    """Arrays between the steps, for one call at a time; kept from call to call while their size is about right."""
-
-    def __init__(
-        self, constants: Mapping[str, Tensor], rows: Mapping[str, int], widths: Mapping[str, int], dtype: torch.dtype
-    ) -> None:
-        self._rows, self._widths, self._dtype = rows, widths, dtype
-        self._n_atoms = self._n_edges = -1
-        self._tensors: dict[str, Tensor] = {}
-        self.pointers: dict[str, int] = {name: tensor.data_ptr() for name, tensor in constants.items()}
-
-    def fit(self, n_atoms: int, n_edges: int) -> None:
-        """Make room for so many atoms and edges, with a little to spare for the next neighbour list."""
-        if not self._n_atoms / 4 <= n_atoms <= self._n_atoms:
-            self._n_atoms = n_atoms
-            for name, row in self._rows.items():
-                self._set(name, n_atoms * row, self._dtype)
-        if not self._n_edges / 4 <= n_edges <= self._n_edges:
-            self._n_edges = n_edges + n_edges // 20
-            for name, row in self._widths.items():
-                self._set(name, self._n_edges * row, _EDGE_DTYPES.get(name, self._dtype))
-
-    def _set(self, name: str, size: int, dtype: torch.dtype) -> None:
-        self._tensors[name] = torch.empty(size, dtype=dtype, device="cpu")
-        self.pointers[name] = self._tensors[name].data_ptr()
-
-
-def _check(geometry: Geometry, kind: Tensor, topology: Topology) -> None:
-    n, n_edges, n_systems = topology.n_receivers, topology.n_edges, geometry.cell.shape[0]
-    wanted = {"positions": (n, 3), "shifts": (n_edges, 3), "cell": (n_systems, 3, 3), "batch": (n,), "kind": (n,)}
-    for name, tensor in (*geometry._asdict().items(), ("kind", kind)):
-        dtype = torch.int64 if name in ("batch", "kind") else torch.float64
-        if (tensor.shape, tensor.dtype, tensor.device.type) != (wanted[name], dtype, "cpu"):
-            raise ValueError(
-                f"{name} must be {wanted[name]} {dtype} on the CPU, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
-    if n and int(geometry.batch.max()) >= n_systems:
-        raise ValueError(f"batch must be below the number of cells, {n_systems}, got {int(geometry.batch.max())}")
