@@ -11,16 +11,15 @@ With parity off only irreps of natural parity p = (−1)^l are kept, which is st
 """
 
 import math
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from equimd.graph import AtomGraph, derived
+from equimd.graph import AtomGraph
 from equimd.kernels import (
     Backend,
     ConvolutionPlan,
@@ -29,13 +28,12 @@ from equimd.kernels import (
     convolve,
     fuses,
     make_plan,
-    make_topology,
     standard_irreps,
 )
 from equimd.kernels.harmonics import spherical_harmonics
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
 from equimd.kernels.radial_table import Knots, tabulate
-from equimd.models.potential import FrozenOutput, Potential, PotentialSettings
+from equimd.models.potential import FrozenOutput, Potential, PotentialSettings, geometry_of, topology_of
 from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_parameters
 
 if TYPE_CHECKING:
@@ -48,7 +46,6 @@ _TRAINING_INTERVALS, _TABLE_FROM_EDGES = 128, 1000
 _TABLE_TOLERANCE = {torch.float32: 3e-8, torch.float64: 1e-11}
 
 SCALAR: Irrep = (0, 1)
-_FUSING = threading.Lock()  # several threads may ask for the same network at once
 
 
 class EquivariantSettings(PotentialSettings):
@@ -210,26 +207,11 @@ def _split(x: Tensor, irreps: tuple[Irrep, ...]) -> list[Tensor]:
     return list(x.split([2 * l + 1 for l, _ in irreps], dim=1))  # noqa: E741
 
 
-def _topology(graph: AtomGraph) -> Topology:
-    receivers, senders = graph.edge_index
-    return derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, without the bookkeeping of ``parameters()``: asked for at every step."""
-    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
-    for child in module._modules.values():
-        if child is not None:
-            yield from _tensors(child)
-
-
 class EquivariantPotential(Potential):
     """NequIP-like network; see the module's docstring for the equations."""
 
     family: ClassVar[str] = "equivariant"
     settings: EquivariantSettings
-    _fused: "tuple[tuple[Any, ...], FusedNetwork | None] | None" = None
     _knots: Knots | None = None
 
     def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
@@ -249,7 +231,7 @@ class EquivariantPotential(Potential):
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
-        topology = _topology(graph)
+        topology = topology_of(graph)
         distances = safe_norm(vectors)
         weights = self._radial_weights(distances)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
@@ -290,39 +272,17 @@ class EquivariantPotential(Potential):
 
     # --- frozen weights ----------------------------------------------------------------------------------------------
 
-    @property
-    def has_frozen_network(self) -> bool:
-        """On a CPU, unless a weight is trainable, there is an ``rms_norm``, or a radial function cannot be tabulated.
-
-        Changes of weights are noticed, except those made through ``.data`` in place.
-        """
-        return self._frozen() is not None
-
     def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
         """By compiled kernels, with tabulated radial weights."""
-        from equimd.kernels.network import Geometry
-
-        fused = self._frozen()
-        if fused is None:
+        network = self._frozen()
+        if network is None:
             return super().frozen_network(graph)
-        arrays = (graph.positions, graph.edge_shifts, graph.cell, graph.batch)
-        geometry = Geometry(*(array.contiguous() for array in arrays))
         kind = self.species_of(graph)
-        return FrozenOutput(*fused(geometry, kind, self.scale[kind], _topology(graph), seconds))
+        return FrozenOutput(*network(geometry_of(graph), kind, self.scale[kind], topology_of(graph), seconds))
 
-    def _frozen(self) -> "FusedNetwork | None":
-        """The compiled network of the present weights."""
-        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
-            return None
-        tensors = list(_tensors(self))
-        if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
-            return None  # tensors of inference mode do not count their changes
-        state = (self.message_scale, *((id(t), t.data_ptr(), t._version) for t in tensors))
-        if self._fused is None or self._fused[0] != state:
-            with _FUSING:
-                if self._fused is None or self._fused[0] != state:
-                    self._fused = (state, self._fuse())
-        return self._fused[1]
+    @property
+    def _fusing_key(self) -> tuple[Any, ...] | None:
+        return None if self.settings.rms_norm else (self.message_scale,)
 
     def _fuse(self) -> "FusedNetwork | None":
         from equimd.kernels.network import FusedNetwork, Layer, Network
@@ -356,10 +316,10 @@ class EquivariantPotential(Potential):
         return FusedNetwork(network, str(self.dtype).removeprefix("torch."))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
-        self._fused = self._knots = None
+        self._knots = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without compiled code, which is neither copied nor pickled."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_knots")}
+        """Without what is made of the radial basis anew."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_knots"}

@@ -6,8 +6,9 @@ stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij 
 σ = (1/V) Σ_ij r_ij ⊗ g_ij (ASE's sign, tension positive, full 3×3).
 """
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from equimd.errors import InputError
-from equimd.graph import AtomGraph, edge_vectors, has_reverse_edges
-from equimd.kernels import Backend
+from equimd.graph import AtomGraph, derived, edge_vectors, has_reverse_edges
+from equimd.kernels import Backend, Topology, fuses, make_topology
+from equimd.kernels.frozen import Geometry
 from equimd.models.radial import zbl_pair_energy
 
 MAX_ATOMIC_NUMBER = 118
+_FUSING = threading.Lock()  # several threads may ask for the same network at once
 
 
 class PotentialSettings(BaseModel):
@@ -66,6 +69,7 @@ class Potential(nn.Module, ABC):
     family: ClassVar[str]
     direct_forces: bool = False
     kernel_backend: Backend = "auto"
+    _fused: tuple[tuple[Any, ...], Any] | None = None
     species_index: Tensor
     scale: Tensor
     shift: Tensor
@@ -91,6 +95,7 @@ class Potential(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
         """Move the isolated-atom energies with the module, but never cast them."""
+        self._fused = None
         super()._apply(fn, recurse)
         self._isolated_atom_energies = self._isolated_atom_energies.to(self.scale.device)
         return self
@@ -114,18 +119,6 @@ class Potential(nn.Module, ABC):
         """Set the energy scale and shift per species (eV, by atomic number); not trained."""
         for z, k in zip(self.species, range(len(self.species)), strict=True):
             self.scale[k], self.shift[k] = scale[z], shift[z]
-
-    @property
-    def has_frozen_network(self) -> bool:
-        """Whether ``frozen_network`` is there, as the weights are now: a faster way where nothing is differentiated."""
-        return False
-
-    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
-        """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing.
-
-        For graphs that hold the reverse of every edge. ``seconds`` receives how long each step took.
-        """
-        raise TypeError(f"{type(self).__name__} has no frozen network")
 
     @abstractmethod
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
@@ -195,6 +188,73 @@ class Potential(nn.Module, ABC):
         """Energies (S,) with isolated atoms from atomic energies (N,) without, summed in float64."""
         totals = energies + self._isolated_atom_energies[self.species_of(graph)]
         return totals.new_zeros(graph.n_systems).index_add(0, graph.batch, totals)
+
+    # --- frozen weights ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_frozen_network(self) -> bool:
+        """Whether ``frozen_network`` is there, as the weights are now: a faster way where nothing is differentiated.
+
+        It is for the families and options that have compiled kernels, on a CPU, unless a weight is trainable. Changes
+        of weights are noticed, except those made through ``.data`` in place.
+        """
+        return self._frozen() is not None
+
+    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
+        """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing.
+
+        For graphs that hold the reverse of every edge. ``seconds`` receives how long each step took.
+        """
+        raise TypeError(f"{type(self).__name__} has no frozen network")
+
+    @property
+    def _fusing_key(self) -> tuple[Any, ...] | None:
+        """What ``_fuse`` depends on besides tensors; None where it does not know these settings."""
+        return None
+
+    def _fuse(self) -> Any:
+        """The compiled network of the present weights; None where there is none after all."""
+        raise NotImplementedError
+
+    def _frozen(self) -> Any:
+        """What ``_fuse`` made, as long as the weights are the same; None where they are not frozen."""
+        key = self._fusing_key
+        if key is None or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
+            return None
+        tensors = list(_tensors(self))
+        if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+            return None  # tensors of inference mode do not count their changes
+        state = (*key, *((id(t), t.data_ptr(), t._version) for t in tensors))
+        if self._fused is None or self._fused[0] != state:
+            with _FUSING:
+                if self._fused is None or self._fused[0] != state:
+                    self._fused = (state, self._fuse())
+        return self._fused[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which is neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_fused"}
+
+
+def topology_of(graph: AtomGraph) -> Topology:
+    """The order of the edges by receiver and by sender, made once per edge list."""
+    receivers, senders = graph.edge_index
+    return derived(graph, "topology", lambda: make_topology(senders, receivers, graph.n_atoms))
+
+
+def geometry_of(graph: AtomGraph) -> Geometry:
+    """What a frozen network reads of the graph."""
+    arrays = (graph.positions, graph.edge_shifts, graph.cell, graph.batch)
+    return Geometry(*(array.contiguous() for array in arrays))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, without the bookkeeping of ``parameters()``: asked for at every step."""
+    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tensors(child)
 
 
 def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
