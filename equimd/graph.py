@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from equimd.errors import InputError
 from equimd.neighbors import neighbor_list
 
 T = TypeVar("T")
@@ -161,6 +162,28 @@ def _has_reverse_edges(graph: AtomGraph) -> bool:
     i, j = graph.edge_index
     shifts = graph.edge_shifts.to(torch.int64)
     return total(i, j, shifts) == total(j, i, -shifts)
+
+
+def reverse_edges(graph: AtomGraph) -> Tensor:
+    """The edge (E,) int64 that leads back, (j, i, −S), for every edge (i, j, S); found once per edge list.
+
+    Raises InputError where one is missing.
+    """
+    return derived(graph, "reverse_edges", lambda: _reverse_edges(graph))
+
+
+def _reverse_edges(graph: AtomGraph) -> Tensor:
+    """By sorting one integer per directed edge, and those of the edges back."""
+    (i, j), shifts, n_atoms = graph.edge_index, graph.edge_shifts.to(torch.int64), graph.n_atoms
+    base = 2 * int(shifts.abs().max()) + 1 if len(i) else 1
+    image = (shifts[:, 0] * base + shifts[:, 1]) * base + shifts[:, 2]
+    key, order = torch.sort((i * n_atoms + j) * base**3 + image)
+    back_key, back_order = torch.sort((j * n_atoms + i) * base**3 - image)
+    if not torch.equal(key, back_key):
+        raise InputError("the edge list lacks the reverse of an edge; both directions of every pair are accepted")
+    reverse = torch.empty_like(order)
+    reverse[order] = back_order
+    return reverse
 
 
 def edge_vectors(graph: AtomGraph, dtype: torch.dtype) -> Tensor:

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from equimd.errors import InputError
-from equimd.graph import AtomGraph, derived
-from equimd.models.potential import Potential, PotentialSettings
+from equimd.graph import AtomGraph, derived, reverse_edges
+from equimd.models.potential import Potential, PotentialSettings, topology_of
 from equimd.models.radial import BesselBasis, cosine_cutoff, safe_norm
 from equimd.models.token_ops import attention, rms_norm, swiglu
 
@@ -83,32 +82,21 @@ def neighbour_layout(graph: AtomGraph) -> NeighbourLayout:
 
     Raises InputError when an edge has no reverse (same atoms, opposite shift).
     """
-    edge_index, edge_shifts = graph["edge_index"], graph["edge_shifts"]
-    return derived(graph, "neighbour_layout", lambda: _build_layout(edge_index, edge_shifts, graph.n_atoms))
+    return derived(graph, "neighbour_layout", lambda: _build_layout(graph))
 
 
-def _build_layout(edge_index: Tensor, edge_shifts: Tensor, n_atoms: int) -> NeighbourLayout:
-    (i, j), shifts = edge_index, edge_shifts.to(torch.int64)
-    n_edges, device = len(i), i.device
-    # One integer per directed edge; that of the reversed edge is made of (j, i, −S).
-    base = 2 * int(shifts.abs().max()) + 1 if n_edges else 1
-    place = torch.tensor([base * base, base, 1], device=device)
-    image = shifts @ place if device.type == "cpu" else (shifts * place).sum(1)
-    pair, back = (i * n_atoms + j) * base**3, (j * n_atoms + i) * base**3
-    key, order = torch.sort(pair + image)  # also sorts by receiver
-    back_key, back_order = torch.sort(back - image)
-    if not torch.equal(key, back_key):
-        raise InputError("the edge list lacks the reverse of an edge; both directions of every pair are accepted")
-    counts = torch.bincount(i, minlength=n_atoms)
-    width = int(counts.max()) if n_edges else 0
-    first = counts.cumsum(0) - counts
+def _build_layout(graph: AtomGraph) -> NeighbourLayout:
+    (i, j), n_atoms, n_edges, device = graph.edge_index, graph.n_atoms, graph.n_edges, graph.edge_index.device
+    topology = topology_of(graph)
+    order, first = topology.receiver_order, topology.receiver_ptr
+    width = int((first[1:] - first[:-1]).max()) if n_edges else 0
     receiver = i[order]
     slot = torch.empty_like(i)
     slot[order] = receiver * width + torch.arange(n_edges, device=device) - first[receiver]
     neighbour = torch.arange(n_atoms, device=device).repeat_interleave(width)
     neighbour[slot] = j
     reverse = torch.arange(n_atoms * width, device=device)
-    reverse[slot[back_order]] = slot[order]
+    reverse[slot] = slot[reverse_edges(graph)]
     edge = torch.full((n_atoms * width,), n_edges, device=device)
     edge[slot] = torch.arange(n_edges, device=device)
     in_place = n_edges == n_atoms * width and bool((slot[1:] > slot[:-1]).all())
