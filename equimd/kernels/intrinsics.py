@@ -5,43 +5,59 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numba.extending import intrinsic
 
 
 @intrinsic
 def exp(_context: Any, x: Any) -> Any:
-    """eˣ of a float32 or float64 scalar, in plain arithmetic; NaN stays NaN, ±∞ are taken for ±87 or ±708.
+    """eˣ of a float32 or float64 scalar, in plain arithmetic; NaN stays NaN, ±∞ are taken for ±87 or ±708."""
+    return x(x), lambda _target, builder, _signature, args: exp_ir(builder, args[0])
+
+
+def exp_ir(b: Any, x: Any) -> Any:  # b is an IRBuilder, without type hints
+    """eˣ of a float, a double or a vector of these: instructions appended to the builder ``b``.
 
     x = (n + f)·ln 2 with an integer n and |f| ≤ ½; 2^f is a polynomial, 2ⁿ is written into the bits of the exponent.
     """
-    is_single = x == types.float32
-    real, bits = (ir.FloatType(), ir.IntType(32)) if is_single else (ir.DoubleType(), ir.IntType(64))
+    count = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    is_single = (x.type.element if count else x.type) == ir.FloatType()
     mantissa, largest, degree = (23, 126, 7) if is_single else (52, 1022, 13)
     log2e = float((np.float32 if is_single else np.float64)(1 / math.log(2)))
     rest = 1 / math.log(2) - log2e if is_single else 2.0355273740931033e-17  # of 1/ln 2 after rounding
 
-    def codegen(_target: Any, b: Any, _signature: Any, args: Any) -> Any:  # b is an IRBuilder, without type hints
-        def fma(u: Any, v: Any, w: Any) -> Any:
-            return b.fadd(b.fmul(u, v, flags=["contract"]), w, flags=["contract"])
+    def type_of(element: Any) -> Any:
+        return ir.VectorType(element, count) if count else element
 
-        limit = real(largest * math.log(2))
-        is_nan = b.fcmp_unordered("uno", args[0], args[0])
-        value = b.select(is_nan, real(0.0), args[0])  # there is no integer for it
-        value = b.select(b.fcmp_ordered(">", value, limit), limit, value)
-        value = b.select(b.fcmp_ordered("<", value, real(-limit.constant)), real(-limit.constant), value)
-        # Truncation rounds to nearest, because the number is made positive and a half is added.
-        shifted = b.fptosi(fma(value, real(log2e), real(largest + 0.5)), ir.IntType(32))
-        n = b.sitofp(b.sub(shifted, shifted.type(largest)), real)
-        f = fma(value, real(rest), b.fma(value, real(log2e), b.fneg(n)))  # fma: not to be rounded in between
-        series = real(0.0)
-        for coefficient in reversed(_power_of_two(degree)):
-            series = fma(series, f, real(coefficient))
-        exponent = b.add(shifted, shifted.type(1))
-        exponent = exponent if is_single else b.zext(exponent, bits)
-        return b.select(is_nan, args[0], b.fmul(series, b.bitcast(b.shl(exponent, bits(mantissa)), real)))
+    def constant(value: float, kind: Any = x.type) -> Any:
+        return ir.Constant(kind, [value] * count if count else value)
 
-    return x(x), codegen
+    def fma(u: Any, v: Any, w: Any) -> Any:
+        return b.fadd(b.fmul(u, v, flags=["contract"]), w, flags=["contract"])
+
+    integer, bits = type_of(ir.IntType(32)), type_of(ir.IntType(32 if is_single else 64))
+    limit = largest * math.log(2)
+    is_nan = b.fcmp_unordered("uno", x, x)
+    value = b.select(is_nan, constant(0.0), x)  # there is no integer for it
+    value = b.select(b.fcmp_ordered(">", value, constant(limit)), constant(limit), value)
+    value = b.select(b.fcmp_ordered("<", value, constant(-limit)), constant(-limit), value)
+    # Truncation rounds to nearest, because the number is made positive and a half is added.
+    shifted = b.fptosi(fma(value, constant(log2e), constant(largest + 0.5)), integer)
+    n = b.sitofp(b.sub(shifted, constant(largest, integer)), x.type)
+    f = fma(value, constant(rest), _exact_fma(b, value, constant(log2e), b.fneg(n)))
+    series = constant(0.0)
+    for coefficient in reversed(_power_of_two(degree)):
+        series = fma(series, f, constant(coefficient))
+    exponent = b.add(shifted, constant(1, integer))
+    exponent = exponent if is_single else b.zext(exponent, bits)
+    return b.select(is_nan, x, b.fmul(series, b.bitcast(b.shl(exponent, constant(mantissa, bits)), x.type)))
+
+
+def _exact_fma(b: Any, u: Any, v: Any, w: Any) -> Any:
+    """u·v + w, not rounded in between."""
+    if not isinstance(u.type, ir.VectorType):
+        return b.fma(u, v, w)
+    name = f"llvm.fma.v{u.type.count}{u.type.element.intrinsic_name}"
+    return b.call(b.module.declare_intrinsic(name, (), ir.FunctionType(u.type, [u.type] * 3)), [u, v, w])
 
 
 def _power_of_two(degree: int) -> list[float]:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from equimd.kernels.codegen import OPTIONS, Constants
 from equimd.kernels.compiled import module_name
 
+LANES = 16
+"""Numbers in a vector of ``lanes``, which is imported by compiled kernels only: numba takes a second to load."""
+
 NODE, EDGE = " " * 8, " " * 12
 """Indentation of a line that is executed for every atom, and for every edge."""
 
@@ -30,6 +33,8 @@ class Source:
         self.functions: dict[tuple[int, int, int, int], str] = {}
         self.arrays: dict[str, tuple[str, int]] = {}
         self.scratch: dict[str, int] = {}
+        self.imports: list[str] = []
+        self.prologue: list[str] = []  # what comes before the loop over atoms
         self.constants = Constants()
 
     def array(self, name: str, row: int = 0, kind: str = "REAL") -> str:
@@ -41,6 +46,11 @@ class Source:
         """Memory of the kernel's own."""
         self.scratch[name] = size
         return name
+
+    def use_lanes(self) -> None:
+        """Import the vectors of ``lanes``; their exponential is called ``exp_lanes``."""
+        names = "div, exp as exp_lanes, fma, load, maximum, mul, splat, splat_at, store, sub, total, transpose"
+        self.imports = [f"from equimd.kernels.lanes import {names}  # {_digest_of('lanes.py')}"]
 
     def add(self, *lines: str, indent: str = NODE) -> None:
         """Lines of the kernel's loop over atoms."""
@@ -62,11 +72,12 @@ class Source:
         views += [f"    {name} = np.empty({size}, np.{self.dtype})" for name, size in self.scratch.items()]
         return "\n".join(
             [
-                '"""Made by equimd.kernels.network_codegen; safe to delete."""\n',
+                '"""Made by equimd.kernels.source; safe to delete."""\n',
                 "import math\n",
                 "import numpy as np",
                 "from numba import carray, cfunc, types\n",
-                f"from equimd.kernels.intrinsics import exp  # {_intrinsics_digest()}",
+                f"from equimd.kernels.intrinsics import exp  # {_digest_of('intrinsics.py')}",
+                *self.imports,
                 *(f"from {module_name(source)} import matmul as {name}" for name, source in self._matmuls()),
                 f"REAL = types.CPointer(types.{self.dtype})",
                 "DOUBLE = types.CPointer(types.float64)",
@@ -77,6 +88,7 @@ class Source:
                 f"\n\n@cfunc(types.void({types}, types.int64, types.int64), cache=True, {OPTIONS})",
                 f"def kernel({', '.join(arguments)}, low, high):",
                 *views,
+                *self.prologue,
                 "    for n in range(low, high):",
                 *self.lines,
                 "",
@@ -111,7 +123,7 @@ def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: i
         lines.append(f"    target[{m * n_channels} + c] += {products}")
     return "\n".join(
         [
-            '"""Made by equimd.kernels.network_codegen; safe to delete."""\n',
+            '"""Made by equimd.kernels.source; safe to delete."""\n',
             "from numba import njit\n\n",
             # With its signature: numba would compile it anew for every literal that it is called with.
             f'@njit("void({array}, int64, {array}, int64, {array}, int64)", cache=True, {OPTIONS})',
@@ -125,6 +137,6 @@ def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: i
 
 
 @functools.cache
-def _intrinsics_digest() -> str:
+def _digest_of(file: str) -> str:
     """So that compiled files are made anew when what they import has changed."""
-    return hashlib.sha256(Path(__file__).with_name("intrinsics.py").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(Path(__file__).with_name(file).read_bytes()).hexdigest()[:12]
