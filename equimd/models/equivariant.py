@@ -272,12 +272,9 @@ class EquivariantPotential(Potential):
 
     # --- frozen weights ----------------------------------------------------------------------------------------------
 
-    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
-        """By compiled kernels, with tabulated radial weights."""
-        network = self._frozen()
-        if network is None:
-            return super().frozen_network(graph)
-        kind = self.species_of(graph)
+    def _evaluate_frozen(
+        self, network: "FusedNetwork", graph: AtomGraph, kind: Tensor, seconds: dict[str, float] | None = None
+    ) -> FrozenOutput:
         return FrozenOutput(*network(geometry_of(graph), kind, self.scale[kind], topology_of(graph), seconds))
 
     @property

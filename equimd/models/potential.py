@@ -8,7 +8,7 @@ stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij 
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -157,8 +157,9 @@ class Potential(nn.Module, ABC):
     def forward(self, graph: AtomGraph, *, stress: bool = False, create_graph: bool = False) -> Prediction:
         """Energy, atomic energies, forces and (if asked) stress; ``create_graph`` keeps them differentiable."""
         kind = self.species_of(graph)
-        if not create_graph and self.has_frozen_network and has_reverse_edges(graph):
-            frozen = self.frozen_network(graph)
+        network = None if create_graph else self._frozen()
+        if network is not None and has_reverse_edges(graph):
+            frozen = self._evaluate_frozen(network, graph, kind)
             relative = frozen.output * self.scale[kind] + self.shift[kind] + frozen.repulsion
             sigma = frozen.virial / _volume(graph)[:, None, None] if stress else None
             return Prediction(self._total(graph, relative), relative, frozen.forces, sigma)
@@ -205,7 +206,16 @@ class Potential(nn.Module, ABC):
 
         For graphs that hold the reverse of every edge. ``seconds`` receives how long each step took.
         """
-        raise TypeError(f"{type(self).__name__} has no frozen network")
+        network = self._frozen()
+        if network is None:
+            raise TypeError(f"this {type(self).__name__} has no frozen network")
+        return self._evaluate_frozen(network, graph, self.species_of(graph), seconds)
+
+    def _evaluate_frozen(
+        self, network: Any, graph: AtomGraph, kind: Tensor, seconds: dict[str, float] | None = None
+    ) -> FrozenOutput:
+        """What ``_fuse`` made, called with what it takes; ``kind`` (N,) are rows of the species."""
+        raise NotImplementedError
 
     @property
     def _fusing_key(self) -> tuple[Any, ...] | None:
@@ -221,7 +231,7 @@ class Potential(nn.Module, ABC):
         key = self._fusing_key
         if key is None or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
             return None
-        tensors = list(_tensors(self))
+        tensors = _tensors(self)
         if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
             return None  # tensors of inference mode do not count their changes
         state = (*key, *((id(t), t.data_ptr(), t._version) for t in tensors))
@@ -248,13 +258,17 @@ def geometry_of(graph: AtomGraph) -> Geometry:
     return Geometry(*(array.contiguous() for array in arrays))
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def _tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, without the bookkeeping of ``parameters()``: asked for at every step."""
-    yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-    yield from (tensor for tensor in module._buffers.values() if tensor is not None)
-    for child in module._modules.values():
+    found: list[Tensor | None] = []
+    modules: list[nn.Module | None] = [module]
+    while modules:
+        child = modules.pop()
         if child is not None:
-            yield from _tensors(child)
+            found += child._parameters.values()
+            found += child._buffers.values()
+            modules += child._modules.values()
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:

@@ -207,12 +207,9 @@ class TransformerPotential(Potential):
 
     # --- frozen weights ----------------------------------------------------------------------------------------------
 
-    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
-        """By compiled kernels and matrix products on the tokens within the cutoff."""
-        network = self._frozen()
-        if network is None:
-            return super().frozen_network(graph)
-        kind = self.species_of(graph)
+    def _evaluate_frozen(
+        self, network: "FusedTransformer", graph: AtomGraph, kind: Tensor, seconds: dict[str, float] | None = None
+    ) -> FrozenOutput:
         arguments = (geometry_of(graph), kind, self.scale[kind], topology_of(graph), reverse_edges(graph))
         return FrozenOutput(*network(*arguments, seconds))
 
