@@ -45,7 +45,8 @@ class ThroughputResult(Result):
 
     ms_per_forward: one evaluation of energy and forces; ms_per_step: one velocity Verlet step, neighbour list included.
     unstable: one of the spreads exceeds 20 %. A device-hour is one hour of ``n_devices`` = 1 device (a CPU counts as
-    one). peak_memory_mib: of the device, or of this process on a CPU.
+    one). peak_memory_mib: of the device, or of this process on a CPU. profile_ms: parts of an evaluation on one thread,
+    if they were asked for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ThroughputResult(Result):
     peak_memory_mib: Number
     n_devices: int
     n_evaluations: int
+    profile_ms: dict[str, float] | None = None
     settings: TimingSettings
     provenance: Provenance
 
@@ -76,6 +78,7 @@ def measure_throughput(
     settings: TimingSettings | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
+    profile: bool = False,
 ) -> ThroughputResult:
     """Time evaluations and MD steps of ``calculator`` (any ASE calculator or ForceField) on ``atoms``.
 
@@ -89,15 +92,18 @@ def measure_throughput(
         settings: Length of warm-up and blocks.
         clock: Seconds from any origin; replaced in tests.
         progress: Called with (blocks done, blocks in all).
+        profile: Measure the parts of an evaluation, too, where the force field can tell.
 
     Raises:
-        InputError: a broken structure or a time step that is not positive.
+        InputError: a broken structure, a time step that is not positive, or a force field without a profile.
     """
     (frame,) = checked_frames(atoms)
     if not timestep_fs > 0:
         raise InputError(f"timestep_fs is {timestep_fs}; expected a positive number")
     settings = settings or TimingSettings()
     bench = _Bench(calculator, frame, timestep_fs, settings, clock)
+    if profile and not hasattr(bench.field, "profile"):
+        raise InputError(f"{bench.field.name} does not tell where its time goes; accepted are equimd's potentials")
     step_time = bench.warm_up()
     per_block = min(_MOST_STEPS, max(1, math.ceil(settings.block_seconds / step_time))) if step_time > 0 else 1
     forward, step = [], []
@@ -106,7 +112,11 @@ def measure_throughput(
         step.append(bench.time_md(per_block))
         if progress is not None:
             progress(block + 1, settings.n_blocks)
-    return _result(bench, frame, timestep_fs, settings, _timing(forward), _timing(step))
+    result = _result(bench, frame, timestep_fs, settings, _timing(forward), _timing(step))
+    if not profile:
+        return result
+    seconds = bench.field.profile(frame)  # pyright: ignore[reportAttributeAccessIssue]
+    return result.model_copy(update={"profile_ms": {part: 1e3 * value for part, value in seconds.items()}})
 
 
 def _result(

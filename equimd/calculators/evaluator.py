@@ -1,14 +1,15 @@
 """Evaluator: arrays in, arrays out; the one path from positions to predictions that every engine takes.
 
 It keeps a Verlet list and a graph from step to step. A frozen network takes edges of the skin as they come, and passes
-over them. Before any other they are dropped: for
-the cutoff r and the skin s they are a share 1 − (r/(r + s))³ of a dense system's edges (25 % for 5 + 0.5 Å), each as
-dear as the others, while finding them costs one pass over edge vectors. What is left is the very list, in the very
-order, that a fresh search gives, so predictions do not depend on when the list was built. Where nothing is to be
-dropped (small molecules), or the same edges as before, the graph stays and with it what networks derive from its edges.
+over them. Before any other they are dropped: for the cutoff r and the skin s they are a share 1 − (r/(r + s))³ of a
+dense system's edges (25 % for 5 + 0.5 Å), each as dear as the others, while finding them costs one pass over edge
+vectors. What is left is the very list, in the very order, that a fresh search gives, so predictions do not depend on
+when the list was built. Where nothing is to be dropped (small molecules), or the same edges as before, the graph stays
+and with it what networks derive from its edges.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,17 @@ class Evaluator:
         graph = self._update(structure)
         return self._outcomes(self._forward(graph, stress), [structure])[0]
 
+    def profile(self, structure: Structure, repeats: int = 10) -> dict[str, float]:
+        """Median seconds of each part of one evaluation, on one thread; see ``Potential.profile``."""
+        self.evaluate(structure)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        whole = _median_seconds(lambda: self.evaluate(structure, structure.has_stress), repeats)
+        parts = {"neighbours": _median_seconds(lambda: self._update(structure), repeats)}
+        torch.set_num_threads(n_threads)
+        parts |= self.potential.profile(self._update(structure), repeats)
+        return parts | {"everything else": max(0.0, whole - sum(parts.values()))}
+
     def evaluate_many(self, structures: Sequence[Structure], max_edges: int | None = None) -> list[Outcome]:
         """Independent structures in batches of at most ``max_edges`` edges; stress wherever it is defined."""
         out: list[Outcome] = []
@@ -190,6 +202,15 @@ class Evaluator:
         if self._graph is None or self._keep is None or not torch.equal(keep, self._keep):
             self._graph, self._keep = _without(self._full, keep), keep
         return self._graph
+
+
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
 
 
 def _graph(s: Structure, edges: np.ndarray, shifts: np.ndarray) -> AtomGraph:

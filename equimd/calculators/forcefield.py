@@ -35,7 +35,8 @@ class ForceField(Protocol):
 
     evaluate_rotated(frame, rotations (K, 3, 3)) -> Evaluation: K rotated copies at once, in the ROTATED frame;
     with_dtype("float32" | "float64") -> ForceField: the same potential in another precision;
-    synchronize() -> None: wait until the device is idle; peak_memory() -> float: MiB so far.
+    synchronize() -> None: wait until the device is idle; peak_memory() -> float: MiB so far;
+    profile(frame) -> dict: seconds of each part of an evaluation.
     """
 
     @property

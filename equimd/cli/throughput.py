@@ -28,6 +28,7 @@ def throughput(
     structure: StructureName,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
     block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
+    profile: Annotated[bool, typer.Option(help="Show which parts of an evaluation take how long.")] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
@@ -42,7 +43,9 @@ def throughput(
 
     settings = TimingSettings(block_seconds=block_seconds)
     with cpu_threads(threads, len(atoms)), progress() as bar:
-        result = measure_throughput(calculator, atoms, timestep, settings=settings, progress=bar.named("blocks"))
+        result = measure_throughput(
+            calculator, atoms, timestep, settings=settings, progress=bar.named("blocks"), profile=profile
+        )
 
     def show():  # noqa: ANN202
         step, forward = result.ms_per_step, result.ms_per_forward
@@ -55,6 +58,12 @@ def throughput(
         ]
         if result.unstable:
             rows.append(("Unstable", "spread above 20 %", "the machine was busy"))
+        if result.profile_ms is not None:
+            total = sum(result.profile_ms.values())
+            rows.append(("On one thread", number(total), "ms an evaluation, of which"))
+            rows += [
+                (f"  {part}", number(ms), f"ms, {100 * ms / total:.1f} %") for part, ms in result.profile_ms.items()
+            ]
         return grid(f"{result.name}, {result.n_atoms} atoms, {result.device}, {result.dtype}", rows)
 
     emit(result, json, show)

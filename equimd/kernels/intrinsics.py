@@ -1,11 +1,23 @@
-"""Functions that compiled kernels call and that numba lacks: an exponential that vectorises."""
+"""Functions that compiled kernels call and that numba lacks: an exponential that vectorises, the processor's clock."""
 
 import math
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic
+
+
+@intrinsic
+def read_cycles(_context: Any) -> Any:
+    """The processor's time stamp, int64; where ``has_cycles`` says that there is one to read."""
+
+    def codegen(_target: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [])
+        return builder.call(builder.module.declare_intrinsic("llvm.readcyclecounter", (), kind), [])
+
+    return types.int64(), codegen
 
 
 @intrinsic

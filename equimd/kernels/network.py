@@ -26,6 +26,7 @@ from equimd.kernels.workspace import Field, Workspace
 
 # Arithmetic of the harmonics, per edge, in multiply-adds as slow as theirs.
 _GEOMETRY_WORK = 600
+_MOST_PHASES = 8  # of a kernel with clocks
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class FusedNetwork:
 
     Each directed edge must have its reverse in the list. Edges beyond the cutoff contribute nothing. Results do not
     depend on the number of threads. Raises OSError where no folder can be written to.
+
+    With ``clocks``, kernels measure their parts, and run on one thread.
     """
 
-    def __init__(self, network: Network, dtype: str) -> None:
+    def __init__(self, network: Network, dtype: str, clocks: bool = False) -> None:
         self.dtype = dtype
         layers, c = network.layers, network.embedding.shape[1]
         last = len(layers) - 1
@@ -90,6 +93,7 @@ class FusedNetwork:
         scales = [network.cutoff, table.first, table.per_angstrom, float(table.n_intervals)]
         self._constants: dict[str, Tensor] = {
             "scales": torch.tensor(scales, dtype=torch.float64, device="cpu"),
+            "cycles": torch.zeros(_MOST_PHASES, dtype=torch.int64, device="cpu"),
             "pairs": network.pairs.to(torch.float64).contiguous(),
             "hidden": self._cast(network.hidden),
             "hidden_back": self._cast(network.hidden.T),
@@ -99,26 +103,39 @@ class FusedNetwork:
         l_max, n_species = layers[0].plan.l_max_sh, network.embedding.shape[0]
         self._steps: list[_Step] = []
         self._add(
-            geometry_codegen.geometry_source(l_max, dtype, n_species, network.screening), {}, _GEOMETRY_WORK, "geometry"
+            geometry_codegen.geometry_source(l_max, dtype, n_species, network.screening),
+            {},
+            _GEOMETRY_WORK,
+            "forward: geometry",
         )
         for k, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
             self._add_layer(k, layer, shape)
             following = {} if k == last else {"up_next": f"up{k + 1}", "h_next": f"h{k + 1}", "x_next": f"x{k + 1}"}
             own = ("h", "x", "z", "mix", "table", "mix_back", "g_to", "g_skip")
             names = {name: f"{name}{k}" for name in own} | {"x_next": f"x{k + 1}"} | following
-            self._add(network_codegen.forward_source(shape, dtype), names, 2 * shape.work, f"forward {k}")
+            self._add(
+                network_codegen.forward_source(shape, dtype, clocks), names, 2 * shape.work, f"forward: layer {k}"
+            )
         for k in range(last, -1, -1):
             before = shapes[k - 1] if k else None
             own = ("h", "table", "g_to", "g_skip", "up_back")
             names = {name: f"{name}{k}" for name in own}
             names |= {f"{name}_before": f"{name}{k - 1}" for name in ("z", "g_to", "g_skip", "mix_back")}
             self._add(
-                network_codegen.backward_source(shapes[k], before, dtype), names, 4 * shapes[k].work, f"backward {k}"
+                network_codegen.backward_source(shapes[k], before, dtype, clocks),
+                names,
+                4 * shapes[k].work,
+                f"backward: layer {k}",
             )
         self._add(
-            geometry_codegen.gradient_source(l_max, dtype, bool(network.screening)), {}, _GEOMETRY_WORK, "gradient"
+            geometry_codegen.gradient_source(l_max, dtype, bool(network.screening)),
+            {},
+            _GEOMETRY_WORK,
+            "backward: geometry",
         )
-        self._add(geometry_codegen.scatter_source(), {}, 0, "scatter", is_parallel=False)  # writes to both ends
+        self._add(
+            geometry_codegen.scatter_source(), {}, 0, "backward: geometry", is_parallel=False
+        )  # writes to both ends
         if any(tensor.device.type != "cpu" for tensor in (*self._constants.values(), *self._species)):
             raise ValueError("weights must be on the CPU")
         self._spare: list[Workspace] = []
@@ -146,7 +163,8 @@ class FusedNetwork:
     ) -> None:
         kernel = compile_kernel(source.text, len(source.arguments), source.modules)
         arguments = tuple(names.get(name, name) for name in source.arguments)
-        self._steps.append(_Step(title, kernel, arguments, work, is_parallel))
+        is_parallel = is_parallel and not source.phases
+        self._steps.append(_Step(title, kernel, arguments, work, is_parallel, source.phases))
 
     def __call__(
         self,
@@ -189,7 +207,7 @@ class FusedNetwork:
             start = time.perf_counter()
             run_ranges(step.kernel, arguments, topology.split(parts))
             if seconds is not None:
-                seconds[step.title] = time.perf_counter() - start
+                step.add_time(seconds, time.perf_counter() - start, self._constants["cycles"])
         self._spare.append(workspace)
         return results
 
@@ -200,3 +218,14 @@ class _Step(NamedTuple):
     arguments: tuple[str, ...]
     work: int  # multiply-adds per edge
     is_parallel: bool
+    phases: tuple[str, ...]
+
+    def add_time(self, seconds: dict[str, float], passed: float, cycles: Tensor) -> None:
+        """To this step, or to its phases by their ``cycles``, which are set back to zero."""
+        shares = {self.title: 1.0}
+        if self.phases and int(cycles.sum()):
+            counts = zip(self.phases, (cycles / cycles.sum()).tolist(), strict=False)
+            shares = {f"{self.title}: {phase}": share for phase, share in counts}
+            cycles.zero_()
+        for title, share in shares.items():
+            seconds[title] = seconds.get(title, 0.0) + share * passed

@@ -90,15 +90,16 @@ class LayerShape:
         return sum(math.prod(self.mix_shape(k)) for k in range(block))
 
 
-def forward_source(shape: LayerShape, dtype: str) -> KernelSource:
+def forward_source(shape: LayerShape, dtype: str, clocks: bool = False) -> KernelSource:
     """Source of ``forward`` for one layer."""
-    s = Source(dtype, shape.n_channels)
+    s = Source(dtype, shape.n_channels, clocks)
     plan, c = shape.plan, shape.n_channels
     s.buffer("to", plan.dim_out * c)
     s.add("to[:] = ZERO")
     _edge_loop(s, shape)
     s.add("source = h[other[e]]", *_powers(), indent=EDGE)
     _radial(s, plan, derivative=False)
+    s.mark("radial", EDGE)
     s.add(*couplings(plan, s.constants, "sh"), indent=EDGE)
     for paths in loops(plan):
         body = _loads("source", paths, c)
@@ -111,6 +112,7 @@ def forward_source(shape: LayerShape, dtype: str) -> KernelSource:
             for k, terms in sums.items():
                 body.append(f"to[{(path.out_offset + k) * c} + c] += r{p} * ({signed_sum(terms)})")
         _channels(s, c, body, EDGE)
+    s.mark("convolution", EDGE)
     s.array("z", shape.n_z * c), s.array("x", shape.n_in * c), s.array("mix")
     s.add("zn = z[n]", "xn = x[n]", "zn[:] = ZERO")
     for k, block in enumerate(plan.blocks):
@@ -123,11 +125,14 @@ def forward_source(shape: LayerShape, dtype: str) -> KernelSource:
         if fan_in > block.n_paths * c:
             row = _row_of(plan, (block.l, block.p))
             _matmul(s, width, "zn", z, "xn", row, "mix", offset + block.n_paths * c * fan_out, c, fan_out, fan_out)
+    s.mark("linear")
     s.array("x_next", shape.n_out * c)
     s.add("xo = x_next[n]")
     _gate(s, shape)
+    s.mark("gate")
     if shape.is_last:
         _read_out(s, shape)
+        s.mark("read-out")
         _mix_backward(s, shape, "")
     else:
         s.array("h_next", shape.n_out * c), s.array("up_next")
@@ -136,12 +141,13 @@ def forward_source(shape: LayerShape, dtype: str) -> KernelSource:
         for k, (l, _) in enumerate(shape.irreps_out):  # noqa: E741
             _matmul(s, 2 * l + 1, "ho", row, "xo", row, "up_next", k * c * c, c, c, c)
             row += 2 * l + 1
+        s.mark("linear")
     return s.result()
 
 
-def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str) -> KernelSource:
+def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str, clocks: bool = False) -> KernelSource:
     """Source of ``backward`` for one layer; ``before`` is the layer that feeds it."""
-    s = Source(dtype, shape.n_channels)
+    s = Source(dtype, shape.n_channels, clocks)
     plan, c = shape.plan, shape.n_channels
     if before is not None:
         s.buffer("gh", shape.n_in * c)
@@ -153,6 +159,7 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str) ->
     if before is not None:
         s.add("theirs = g_to[other[e]]", indent=EDGE)
     _radial(s, plan, derivative=True)
+    s.mark("radial", EDGE)
     s.add(*couplings(plan, s.constants, "sh"), indent=EDGE)
     s.add("slope = ZERO", *(f"s{j} = ZERO" for j in range(plan.dim_sh)), indent=EDGE)
     for paths in loops(plan):
@@ -180,6 +187,7 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str) ->
         _channels(s, c, body, EDGE)
     op = "=" if shape.is_last else "+="
     s.add(f"g_r[e] {op} slope", *(f"g_sh[e, {j}] {op} s{j}" for j in range(plan.dim_sh)), indent=EDGE)
+    s.mark("convolution", EDGE)
     if before is not None:
         s.array("g_skip", shape.n_in * c), s.array("up_back"), s.buffer("gx", before.n_out * c)
         s.add("gs = g_skip[n]")
@@ -188,6 +196,7 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str) ->
         for k, (l, _) in enumerate(plan.irreps_in):  # noqa: E741
             _matmul(s, 2 * l + 1, "gx", row, "gh", row, "up_back", k * c * c, c, c, c)
             row += 2 * l + 1
+        s.mark("linear")
         s.array("z_before", before.n_z * c)
         s.add("zn = z_before[n]")
         _mix_backward(s, before, "_before")
@@ -314,6 +323,7 @@ def _mix_backward(s: Source, shape: LayerShape, suffix: str) -> None:
             body.append(f"gz[{gate * c} + c] = ({inner}) * v * (ONE - v * {sigmoid})")
         _channels(s, c, body, NODE)
         row += 2 * l + 1
+    s.mark("gate")
     g_to, g_skip, back = f"g_to{suffix}", f"g_skip{suffix}", f"mix_back{suffix}"
     s.array(g_to, plan.dim_out * c), s.array(back)
     s.add(f"gt = {g_to}[n]", "gt[:] = ZERO")
@@ -330,6 +340,7 @@ def _mix_backward(s: Source, shape: LayerShape, suffix: str) -> None:
         if fan_in > block.n_paths * c and not shape.is_first:
             row = _row_of(plan, (block.l, block.p))
             _matmul(s, width, "gk", row, "gz", z, back, offset + block.n_paths * c, fan_out, c, fan_in)
+    s.mark("linear")
 
 
 def _row_of(plan: ConvolutionPlan, irrep: Irrep) -> int:

@@ -17,18 +17,27 @@ NODE, EDGE = " " * 8, " " * 12
 
 
 class KernelSource(NamedTuple):
-    """text of a module with a C function ``kernel``; the arrays it takes, in order; modules that it imports."""
+    """text of a module with a C function ``kernel``; the arrays it takes, in order; modules that it imports.
+
+    phases: what the array ``cycles`` counts, in a kernel with clocks.
+    """
 
     text: str
     arguments: tuple[str, ...]
     modules: tuple[str, ...]
+    phases: tuple[str, ...] = ()
 
 
 class Source:
-    """Lines of one kernel and the arrays it names: the arguments come in the order of first mention."""
+    """Lines of one kernel and the arrays it names: the arguments come in the order of first mention.
 
-    def __init__(self, dtype: str, n_channels: int = 0) -> None:
-        self.dtype, self.n_channels = dtype, n_channels
+    With ``clocks``, the kernel adds to ``cycles`` what passed between the marks that are set in it.
+    """
+
+    def __init__(self, dtype: str, n_channels: int = 0, clocks: bool = False) -> None:
+        self.dtype, self.n_channels, self.clocks = dtype, n_channels, clocks
+        self.phases: list[str] = []
+        self.epilogue: list[str] = []  # what comes after the loop over atoms
         self.lines: list[str] = []
         self.functions: dict[tuple[int, int, int, int], str] = {}
         self.arrays: dict[str, tuple[str, int]] = {}
@@ -55,6 +64,15 @@ class Source:
     def add(self, *lines: str, indent: str = NODE) -> None:
         """Lines of the kernel's loop over atoms."""
         self.lines += [indent + line for line in lines]
+
+    def mark(self, phase: str, indent: str = NODE) -> None:
+        """The time since the mark before belongs to this phase."""
+        if not self.clocks:
+            return
+        if phase not in self.phases:
+            self.phases.append(phase)
+        k = self.phases.index(phase)
+        self.add("now = read_cycles()", f"spent[{k}] += now - last", "last = now", indent=indent)
 
     def number(self, value: float) -> str:
         """The name of a constant of the kernel's dtype."""
@@ -91,6 +109,7 @@ class Source:
                 *self.prologue,
                 "    for n in range(low, high):",
                 *self.lines,
+                *self.epilogue,
                 "",
             ]
         )
@@ -103,7 +122,13 @@ class Source:
 
     def result(self) -> "KernelSource":
         """The module, and what it takes to compile and to call it."""
-        return KernelSource(self.text(), tuple(self.arrays), tuple(source for _, source in self._matmuls()))
+        if self.phases:
+            self.array("cycles", kind="INDEX")
+            self.imports.append(f"from equimd.kernels.intrinsics import read_cycles  # {_digest_of('intrinsics.py')}")
+            self.prologue += [f"    spent = np.zeros({len(self.phases)}, np.int64)", "    last = read_cycles()"]
+            self.epilogue += [f"    for k in range({len(self.phases)}):", "        cycles[k] += spent[k]"]
+        modules = tuple(source for _, source in self._matmuls())
+        return KernelSource(self.text(), tuple(self.arrays), modules, tuple(self.phases))
 
 
 def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: int, dtype: str) -> str:

@@ -281,7 +281,7 @@ class EquivariantPotential(Potential):
     def _fusing_key(self) -> tuple[Any, ...] | None:
         return None if self.settings.rms_norm else (self.message_scale,)
 
-    def _fuse(self) -> "FusedNetwork | None":
+    def _fuse(self, clocks: bool = False) -> "FusedNetwork | None":
         from equimd.kernels.network import FusedNetwork, Layer, Network
 
         own = cast("list[InteractionLayer]", list(self.layers))
@@ -310,7 +310,7 @@ class EquivariantPotential(Potential):
             screening,
             pairs,
         )
-        return FusedNetwork(network, str(self.dtype).removeprefix("torch."))
+        return FusedNetwork(network, str(self.dtype).removeprefix("torch."), clocks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
         self._knots = None

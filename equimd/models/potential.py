@@ -6,9 +6,10 @@ stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij 
 σ = (1/V) Σ_ij r_ij ⊗ g_ij (ASE's sign, tension positive, full 3×3).
 """
 
+import statistics
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -201,15 +202,34 @@ class Potential(nn.Module, ABC):
         """
         return self._frozen() is not None
 
-    def frozen_network(self, graph: AtomGraph, seconds: dict[str, float] | None = None) -> FrozenOutput:
+    def frozen_network(self, graph: AtomGraph) -> FrozenOutput:
         """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing.
 
-        For graphs that hold the reverse of every edge. ``seconds`` receives how long each step took.
+        For graphs that hold the reverse of every edge.
         """
         network = self._frozen()
         if network is None:
             raise TypeError(f"this {type(self).__name__} has no frozen network")
-        return self._evaluate_frozen(network, graph, self.species_of(graph), seconds)
+        return self._evaluate_frozen(network, graph, self.species_of(graph))
+
+    def profile(self, graph: AtomGraph, repeats: int = 10) -> dict[str, float]:
+        """Median seconds of each part of one evaluation on one thread: "forward: layer 0: convolution" and so on.
+
+        Where there is no frozen network, parts are the operations that torch's profiler names.
+        """
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            if self._frozen() is None or not has_reverse_edges(graph):
+                return _profile_operations(lambda: self(graph), repeats)
+            network, kind = self._fuse(clocks=True), self.species_of(graph)
+            samples: list[dict[str, float]] = []
+            for _ in range(repeats + 1):  # the first makes room
+                samples.append({})
+                self._evaluate_frozen(network, graph, kind, samples[-1])
+        finally:
+            torch.set_num_threads(n_threads)
+        return {part: statistics.median(sample[part] for sample in samples[1:]) for part in samples[0]}
 
     def _evaluate_frozen(
         self, network: Any, graph: AtomGraph, kind: Tensor, seconds: dict[str, float] | None = None
@@ -222,8 +242,11 @@ class Potential(nn.Module, ABC):
         """What ``_fuse`` depends on besides tensors; None where it does not know these settings."""
         return None
 
-    def _fuse(self) -> Any:
-        """The compiled network of the present weights; None where there is none after all."""
+    def _fuse(self, clocks: bool = False) -> Any:
+        """The compiled network of the present weights; None where there is none after all.
+
+        With ``clocks``, its kernels measure their parts.
+        """
         raise NotImplementedError
 
     def _frozen(self) -> Any:
@@ -269,6 +292,20 @@ def _tensors(module: nn.Module) -> list[Tensor]:
             found += child._buffers.values()
             modules += child._modules.values()
     return [tensor for tensor in found if tensor is not None]
+
+
+def _profile_operations(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Mean seconds of torch's operations in one call, on the device where there is one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as measured:
+        for _ in range(repeats):
+            call()
+    events = measured.key_averages()
+    seconds = {e.key: max(e.self_cpu_time_total, e.self_device_time_total) * 1e-6 / repeats for e in events}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:

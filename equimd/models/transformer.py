@@ -217,7 +217,7 @@ class TransformerPotential(Potential):
     def _fusing_key(self) -> tuple[Any, ...] | None:
         return None if self.direct_forces else ()
 
-    def _fuse(self) -> "FusedTransformer":
+    def _fuse(self, clocks: bool = False) -> "FusedTransformer":  # its steps are timed as they are
         from equimd.kernels.token_network import FusedTransformer, Stage, TokenNetwork
 
         stages = []

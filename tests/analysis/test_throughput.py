@@ -128,3 +128,21 @@ def test_bad_input_is_refused():
     calculator = Slow(stuck, lambda n: 0.0)
     with pytest.raises(InputError, match="clock stood still"):
         measure_throughput(calculator, molecule("H2O"), clock=stuck, settings=TimingSettings(warmup_seconds=0))
+
+
+def test_profile_is_part_of_the_result():
+    class Told(Slow):
+        def profile(self, atoms):
+            return {"forward: layer 0: radial": 2e-3, "backward: layer 0: radial": 1e-3}
+
+        name, device, dtype = "told", "cpu", "float32"
+
+        def evaluate(self, frames):
+            return Evaluation(np.zeros(len(frames)), [self.get_forces(f) for f in frames], [None] * len(frames))
+
+    clock, atoms = Clock(), molecule("CH3CH2OH")
+    result = measure_throughput(Told(clock), atoms, clock=clock, profile=True)
+    assert result.profile_ms == {"forward: layer 0: radial": 2.0, "backward: layer 0: radial": 1.0}
+    assert measure_throughput(Told(clock), atoms, clock=clock).profile_ms is None
+    with pytest.raises(InputError, match="does not tell where its time goes"):
+        measure_throughput(Slow(clock), atoms, clock=clock, profile=True)

@@ -91,12 +91,15 @@ def test_equivariance(run, potentials, labelled):
 
 def test_throughput_writes_json_and_shows_a_table(run, potentials):
     start = Path(potentials["equivariant"]) / "start.xyz"
-    result = run("throughput", potentials["equivariant"], start, "--block-seconds", 0.001, "--json", "out.json")
+    options = ("--block-seconds", 0.001, "--profile", "--json", "out.json")
+    result = run("throughput", potentials["equivariant"], start, *options)
     assert result.exit_code == 0, result.stderr
     assert "ns/day" in result.stdout
+    assert "forward: layer 0: convolution" in result.stdout
     written = json.loads(Path("out.json").read_text())
     assert written["n_atoms"] == 3
     assert written["ms_per_step"]["median"] > 0
+    assert written["profile_ms"]["everything else"] >= 0
 
 
 def test_md_and_resume(run, potentials):

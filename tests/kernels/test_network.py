@@ -345,12 +345,20 @@ def test_arrays_that_do_not_fit_are_refused():
         potential(graph)
 
 
-def test_profile_names_every_step():
-    potential, seconds = make_potential(), {}
-    potential.frozen_network(make_graph(), seconds)
-    layers = [f"{way} {k}" for way in ("forward", "backward") for k in range(2)]
-    assert set(seconds) == {"geometry", *layers, "gradient", "scatter"}
+def test_profile_names_every_part():
+    potential, graph = make_potential(), make_graph(30)
+    before = potential(graph)
+    seconds = potential.profile(graph, repeats=3)
+    parts = {part.split(": ")[-1] for part in seconds if ": layer" in part}
+    assert parts == {"radial", "convolution", "linear", "gate", "read-out"}
+    assert {part.split(": ")[1] for part in seconds} == {"geometry", "layer 0", "layer 1"}
     assert min(seconds.values()) > 0
+    assert largest_difference(potential(graph), before) == 0.0
+
+
+def test_profile_without_a_frozen_network_names_operations():
+    seconds = make_potential().requires_grad_().profile(make_graph(), repeats=1)
+    assert any("_Convolve" in name for name in seconds)
 
 
 def _gradients(potential, graph):

@@ -65,12 +65,9 @@ def test_any_number_of_neighbours(n):
 
 def test_edges_beyond_the_cutoff_have_no_token():
     potential = make_potential()
-    seconds = {}
     near, far = make_graph(), make_graph(cutoff=CUTOFF + 1.5)
     assert far.n_edges > near.n_edges
     assert largest_difference(potential(far, stress=True), potential(near, stress=True)) < EXACT
-    potential.frozen_network(far, seconds)
-    assert {title.split(":")[0] for title in seconds} == {"forward", "backward"}
 
 
 def test_an_edge_at_the_cutoff_counts_nothing():
@@ -118,6 +115,14 @@ def test_a_kernel_that_is_left_out_is_noticed(name, monkeypatch):
 
     monkeypatch.setattr(token_network._Run, "kernel", skipping)
     assert largest_difference(*both(make_potential(), make_graph())) > 1e-3
+
+
+def test_profile_names_every_part():
+    seconds = make_potential().profile(make_graph(), repeats=3)
+    parts = {part.split(": ")[-1] for part in seconds if ": block" in part}
+    assert parts == {"norm", "linear", "attention", "swiglu"}
+    assert {part.split(": ")[0] for part in seconds} == {"forward", "backward"}
+    assert min(seconds.values()) > 0
 
 
 def test_is_for_frozen_weights_and_gradients_only():
