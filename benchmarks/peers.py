@@ -30,7 +30,7 @@ SECONDS_PER_WORKER = 12.0
 ROUNDS = 8
 
 EQUIVARIANT = {"family": "equivariant", "cutoff": 5.0, "n_layers": 3, "l_max": 2, "n_channels": 32}
-# PET's default width and number of layers; PET has more parameters in them.
+# PET's default width, number of layers and, by a SwiGLU for atoms' tokens, number of parameters.
 TRANSFORMER = {
     "family": "transformer",
     "cutoff": 4.5,
@@ -39,6 +39,7 @@ TRANSFORMER = {
     "n_gnn_layers": 2,
     "n_attention_layers": 2,
     "d_feedforward": 256,
+    "d_atom_feedforward": 1450,
 }
 DENSE = {"avg_num_neighbors": 51.0}
 # What is compared: the structure, the work, our model, and the peers with what they are told besides.
@@ -47,7 +48,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "atoms": 192,
         "work": "evaluate",
         "model": EQUIVARIANT | DENSE,
-        "peers": {"nequip, eager": {}, "nequip, torch.compile": {"mode": "compile"}, "mace": {}},
+        "peers": {
+            "nequip, eager": {},
+            "nequip, torch.compile": {"mode": "compile"},
+            "nequip, ahead of time": {"mode": "aot"},
+            "mace": {},
+        },
     },
     "training step, 5 x 27 atoms": {
         "atoms": 27,
@@ -66,7 +72,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "atoms": 192,
         "work": "evaluate",
         "model": TRANSFORMER,
-        "peers": {"pet": {}},
+        "peers": {"equimd, bfloat16 products": {"matmul_precision": "medium"}, "pet": {}},
     },
 }
 
@@ -140,7 +146,9 @@ def measure(work: Path, row: dict[str, Any], threads: int) -> dict[str, Any]:
     workers, results = {"equimd": (Worker(Path(sys.executable), "run_ours.py"), task)}, {}
     for name, extra in row["peers"].items():
         peer = name.split(",")[0]
-        workers[name] = (Worker(environment(work, peer), f"run_{peer}.py"), task | extra)
+        own = peer == "equimd"
+        python, script = (Path(sys.executable), "ours") if own else (environment(work, peer), peer)
+        workers[name] = (Worker(python, f"run_{script}.py"), task | extra)
     try:
         counts: dict[str, int] = {}
         for name, (worker, its_task) in workers.items():

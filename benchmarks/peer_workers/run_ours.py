@@ -22,6 +22,11 @@ def setup(task):
     cell, pbc = np.eye(3) * (length or 0.0), np.full(3, length is not None)
     graph = graph_from_arrays(positions, numbers, cell, pbc, potential.cutoff)
     facts["edges"] = graph.n_edges
+    if "matmul_precision" in task:
+        exact = potential(graph).forces
+        torch.set_float32_matmul_precision(task["matmul_precision"])
+        difference = potential(graph).forces - exact
+        facts["relative_force_error"] = float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
     return lambda: potential(graph, stress=length is not None), facts
 
 
