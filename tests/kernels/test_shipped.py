@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from ase.io import read
 
 from equimd import kernels
