@@ -77,13 +77,13 @@ def path_terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]
                 yield i, k, coupled
 
 
-def loops(plan: ConvolutionPlan) -> list[list[Path]]:
-    """Paths that share one loop over channels, ordered by input rows."""
+def loops(plan: ConvolutionPlan, most: int = TERMS_PER_LOOP) -> list[list[Path]]:
+    """Paths that share one loop over channels, ordered by input rows; of so many terms at most, or of one path."""
     groups: list[list[Path]] = []
-    size = TERMS_PER_LOOP
+    size = most
     for path in sorted(plan.paths, key=lambda p: (p.in_offset, p.sh_offset)):
         terms = sum(1 for _ in path_terms(path))
-        if size + terms > TERMS_PER_LOOP:
+        if size + terms > most:
             groups.append([])
             size = 0
         groups[-1].append(path)
@@ -109,14 +109,17 @@ def _walk(*at_node: str, at_edge: tuple[str, ...]) -> list[str]:
     return lines + [" " * 12 + line for line in at_edge]
 
 
-def couplings(plan: ConvolutionPlan, constants: Constants, harmonics: str) -> list[str]:
-    """Scalars a{p}_{i}_{k} = Σ_j CG[i, j, k] Y[j] of the edge ``e``."""
+def couplings(
+    plan: ConvolutionPlan, constants: Constants, harmonics: str, first: int = 0, names: tuple[str, str] = ("y", "a")
+) -> list[str]:
+    """Scalars a{p}_{i}_{k} = Σ_j CG[i, j, k] Y[j] of the edge ``e``, Y from the column ``first`` on."""
+    y, a = names
     used = sorted({path.sh_offset + j for path in plan.paths for j in range(2 * path.l2 + 1)})
-    lines = [f"y{j} = {harmonics}[e, {j}]" for j in used]
+    lines = [f"{y}{j} = {harmonics}[e, {first + j}]" for j in used]
     for path in plan.paths:
         for i, k, coupled in path_terms(path):
-            value = signed_sum([constants.term(v, f"y{path.sh_offset + j}") for j, v in coupled])
-            lines.append(f"a{path.weight_index}_{i}_{k} = {value}")
+            value = signed_sum([constants.term(v, f"{y}{path.sh_offset + j}") for j, v in coupled])
+            lines.append(f"{a}{path.weight_index}_{i}_{k} = {value}")
     return lines
 
 
