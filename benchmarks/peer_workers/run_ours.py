@@ -67,7 +67,7 @@ def _training_step(potential, task, numbers, positions):
 
     def call():
         optimizer.zero_grad()
-        prediction = potential(batch, create_graph=True)
+        prediction = potential.predict_trainable(batch)
         ((prediction.energy / len(numbers)).square().mean() + prediction.forces.square().mean()).backward()
         optimizer.step()
 

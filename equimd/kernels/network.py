@@ -47,7 +47,7 @@ class Layer:
 class Network:
     """Weights of a network with frozen weights.
 
-    embedding (S, C) per species; hidden (C, C), bias (C,), weights (C,) and constant () of the read-out;
+    embedding (S, C) per species; hidden (C, C), bias (C,), weights (1, C) and constant (1,) of the read-out;
     screening and pairs (S, S, 3) of the nuclear repulsion, see ``geometry_codegen.geometry_source``.
     """
 
@@ -56,7 +56,7 @@ class Network:
     hidden: Tensor
     bias: Tensor
     weights: Tensor
-    constant: float
+    constant: Tensor
     cutoff: float
     screening: Screening
     pairs: Tensor
@@ -88,18 +88,12 @@ class FusedNetwork:
             "g_r": Field("edge", 1, real),
             "gradient": Field("edge", 3, double),
         }
-        self._species = [self._cast(network.embedding), self._cast(network.embedding @ layers[0].up[0])]
-        table = layers[0].table
-        scales = [network.cutoff, table.first, table.per_angstrom, float(table.n_intervals)]
-        self._constants: dict[str, Tensor] = {
-            "scales": torch.tensor(scales, dtype=torch.float64, device="cpu"),
+        self._constants = {
             "cycles": torch.zeros(_MOST_PHASES, dtype=torch.int64, device="cpu"),
             "pairs": network.pairs.to(torch.float64).contiguous(),
-            "hidden": self._cast(network.hidden),
-            "hidden_back": self._cast(network.hidden.T),
-            "bias": self._cast(torch.cat([network.bias.flatten(), network.bias.new_tensor([network.constant])])),
-            "weights": self._cast(network.weights),
-        }
+        } | self._weights(network)
+        if any(tensor.device.type != "cpu" for tensor in self._constants.values()):
+            raise ValueError("weights must be on the CPU")
         l_max, n_species = layers[0].plan.l_max_sh, network.embedding.shape[0]
         self._steps: list[_Step] = []
         self._add(
@@ -108,8 +102,8 @@ class FusedNetwork:
             _GEOMETRY_WORK,
             "forward: geometry",
         )
-        for k, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
-            self._add_layer(k, layer, shape)
+        for k, shape in enumerate(shapes):
+            self._add_arrays(k, shape)
             following = {} if k == last else {"up_next": f"up{k + 1}", "h_next": f"h{k + 1}", "x_next": f"x{k + 1}"}
             own = ("h", "x", "z", "mix", "table", "mix_back", "g_to", "g_skip")
             names = {name: f"{name}{k}" for name in own} | {"x_next": f"x{k + 1}"} | following
@@ -136,22 +130,42 @@ class FusedNetwork:
         self._add(
             geometry_codegen.scatter_source(), {}, 0, "backward: geometry", is_parallel=False
         )  # writes to both ends
-        if any(tensor.device.type != "cpu" for tensor in (*self._constants.values(), *self._species)):
-            raise ValueError("weights must be on the CPU")
         self._spare: list[Workspace] = []
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(DTYPES[self.dtype]).contiguous()
 
-    def _add_layer(self, k: int, layer: Layer, shape: LayerShape) -> None:
-        """Flat constant arrays of one layer, and rows of its per-atom arrays."""
-        self._constants |= {
-            f"table{k}": self._cast(layer.table.coefficients),
-            f"mix{k}": self._cast(torch.cat([w.flatten() for w in layer.mix])),
-            f"mix_back{k}": self._cast(torch.cat([w.T.flatten() for w in layer.mix])),
-            f"up{k}": self._cast(torch.cat([w.flatten() for w in layer.up])),
-            f"up_back{k}": self._cast(torch.cat([w.T.flatten() for w in layer.up])),
+    def _weights(self, network: Network) -> dict[str, Tensor]:
+        """Weights as flat arrays; their order is the kernels'."""
+        table = network.layers[0].table
+        scales = [network.cutoff, table.first, table.per_angstrom, float(table.n_intervals)]
+        weights = {
+            "scales": torch.tensor(scales, dtype=torch.float64, device="cpu"),
+            "species": self._cast(network.embedding),
+            "species_up": self._cast(network.embedding @ network.layers[0].up[0]),
+            "hidden": self._cast(network.hidden),
+            "hidden_back": self._cast(network.hidden.T),
+            "bias": self._cast(torch.cat([network.bias.flatten(), network.constant.flatten()])),
+            "weights": self._cast(network.weights),
         }
+        for k, layer in enumerate(network.layers):
+            weights |= {
+                f"table{k}": self._cast(layer.table.coefficients),
+                f"mix{k}": self._cast(torch.cat([w.flatten() for w in layer.mix])),
+                f"mix_back{k}": self._cast(torch.cat([w.T.flatten() for w in layer.mix])),
+                f"up{k}": self._cast(torch.cat([w.flatten() for w in layer.up])),
+                f"up_back{k}": self._cast(torch.cat([w.T.flatten() for w in layer.up])),
+            }
+        return weights
+
+    @torch.no_grad()
+    def update(self, network: Network) -> None:
+        """Other weights for the same network: same shapes, same intervals, same repulsion."""
+        for name, tensor in self._weights(network).items():
+            self._constants[name].copy_(tensor)
+
+    def _add_arrays(self, k: int, shape: LayerShape) -> None:
+        """Per-atom arrays of one layer."""
         c = shape.n_channels
         rows = {f"z{k}": shape.n_z, f"g_to{k}": shape.plan.dim_out, f"x{k + 1}": shape.n_out}
         if k:
@@ -185,8 +199,8 @@ class FusedNetwork:
         check_inputs(geometry, kind, topology)
         inputs = geometry._asdict() | {
             "kind": kind,
-            "x0": self._species[0].index_select(0, kind),
-            "h0": self._species[1].index_select(0, kind),
+            "x0": self._constants["species"].index_select(0, kind),
+            "h0": self._constants["species_up"].index_select(0, kind),
             "seed": self._cast(seed),
             "order": topology.receiver_order,
             "other": topology.senders,

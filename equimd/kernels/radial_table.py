@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Knots:
         with torch.no_grad():
             self.middles = basis(knots[:-1] + 0.5 * self.width)
 
-    def shares(self, distances: Tensor) -> tuple[Tensor, Intervals]:
-        """How much of the six numbers at both ends of its interval each distance (E,) takes, (E, 6), and which."""
+    def shares(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the six numbers at both ends of its interval each distance (E,) takes, (E, 6); which one."""
         position = (distances - _FIRST) / self.width
         interval = position.detach().to(torch.int64).clamp(0, self.n_intervals - 1)
         t = position - interval - 0.5
@@ -67,7 +67,18 @@ class Knots:
         for _ in range(5):
             powers.append(powers[-1] * t)
         shares = torch.stack(powers, dim=1) @ _monomials().to(t)
-        return shares, make_intervals(interval, self.n_intervals, step=3, n_taken=6)
+        return shares, interval
+
+    def intervals(self, interval: Tensor) -> Intervals:
+        """To interpolate in a table of jets (3·(K + 1), M), knot by knot, at edges in these intervals (E,)."""
+        return make_intervals(interval, self.n_intervals, step=3, n_taken=6)
+
+    def table(self, jet: Tensor) -> "RadialTable":
+        """The polynomials between the knots of functions with this jet (3, K + 1, …); the error is not known."""
+        data = jet.transpose(0, 1)
+        both = torch.cat([data[:-1], data[1:]], dim=1)
+        coefficients = torch.einsum("qp,kp...->kq...", _monomials().to(jet), both)
+        return RadialTable(coefficients, _FIRST, 1.0 / self.width, math.nan)
 
 
 def tabulate(
@@ -104,12 +115,12 @@ def tabulate(
 
 
 def _hermite(network: Callable[[Tensor], Tensor], knots: Knots) -> RadialTable:
-    data = network(knots.jet).transpose(0, 1)  # (K + 1, 3, …)
-    coefficients = torch.einsum("qp,kp...->kq...", _monomials(), torch.cat([data[:-1], data[1:]], dim=1))
+    table = knots.table(network(knots.jet))
+    coefficients = table.coefficients
     still = torch.zeros_like(knots.middles)
     middle = network(torch.stack([knots.middles, still, still]))[0]
     error = float((coefficients[:, 0] - middle).abs().max() / middle.abs().max().clamp(min=1e-300))
-    return RadialTable(coefficients, _FIRST, 1.0 / knots.width, error)
+    return replace(table, error=error)
 
 
 def _derivatives(basis: Callable[[Tensor], Tensor], r: Tensor) -> tuple[Tensor, Tensor, Tensor]:

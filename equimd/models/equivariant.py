@@ -12,7 +12,7 @@ With parity off only irreps of natural parity p = (−1)^l are kept, which is st
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -32,15 +32,14 @@ from equimd.kernels import (
 )
 from equimd.kernels.harmonics import spherical_harmonics
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
-from equimd.kernels.radial_table import Knots, tabulate
+from equimd.kernels.radial_table import RadialTable, tabulate
 from equimd.models.potential import FrozenOutput, Potential, PotentialSettings, geometry_of, topology_of
 from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_parameters
 
 if TYPE_CHECKING:
-    from equimd.kernels.network import FusedNetwork
+    from equimd.kernels.network import FusedNetwork, Network
+    from equimd.models.equivariant_training import Trainer
 
-# In training: intervals of the radial functions, and edges of a batch from which on they are interpolated.
-_TRAINING_INTERVALS, _TABLE_FROM_EDGES = 128, 1000
 # Relative error of tabulated radial functions, by precision of the network. That of their slopes is some 200 times
 # larger, and in float32 still below the rounding of the forces.
 _TABLE_TOLERANCE = {torch.float32: 1e-9, torch.float64: 1e-11}
@@ -166,25 +165,29 @@ class InteractionLayer(nn.Module):
         self,
         x: Tensor,
         sh: Tensor,
-        weights: Callable[[RadialNetwork], Tensor],
+        basis: Tensor,
         topology: Topology,
         backend: Backend = "auto",
     ) -> Tensor:
-        """x (N, D_in, C), sh (E, (l_max+1)²), ``weights`` of a radial network (E, P, C) → (N, D_out, C)."""
+        """x (N, D_in, C), sh (E, (l_max+1)²), radial basis (E, n_basis) → (N, D_out, C)."""
         if self.norm is not None:
             x = self.norm(x)
         parts = _split(x, self.irreps_in)
         h = torch.cat(self.up(parts), dim=1)
         edges = (topology.senders, topology.receivers)
-        message = convolve(h, sh, weights(self.radial), *edges, self.plan, backend=backend, topology=topology)
+        message = convolve(h, sh, self.radial(basis), *edges, self.plan, backend=backend, topology=topology)
+        return self._gate(self.mix(self.mix_inputs(message, parts)))
+
+    def mix_inputs(self, message: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """Blocks (…, 2l+1, paths · C [+ C]) of a message (…, D_out, C) and of the skip, ``parts`` of the input."""
         skip = dict(zip(self.irreps_in, parts, strict=True))
-        rows = message.split([b.n_paths * (2 * b.l + 1) for b in self.plan.blocks], dim=1)
+        rows = message.split([b.n_paths * (2 * b.l + 1) for b in self.plan.blocks], dim=-2)
         blocks = []
         for block, m in zip(self.plan.blocks, rows, strict=True):
-            m = m.unflatten(1, (block.n_paths, 2 * block.l + 1)).transpose(1, 2).flatten(2)  # (N, 2l+1, n_paths · C)
+            m = m.unflatten(-2, (block.n_paths, 2 * block.l + 1)).transpose(-3, -2).flatten(-2)
             extra = skip.get((block.l, block.p))
-            blocks.append(m if extra is None else torch.cat([m, extra], dim=2))
-        return self._gate(self.mix(blocks))
+            blocks.append(m if extra is None else torch.cat([m, extra], dim=-1))
+        return blocks
 
     def _gate(self, blocks: list[Tensor]) -> Tensor:
         """silu on even scalars, tanh on odd ones, every l > 0 times a sigmoid of a scalar of its own."""
@@ -212,7 +215,8 @@ class EquivariantPotential(Potential):
 
     family: ClassVar[str] = "equivariant"
     settings: EquivariantSettings
-    _knots: Knots | None = None
+    readout: nn.Sequential
+    _trainer: "Trainer | None" = None
 
     def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
         super().__init__(settings, species, isolated_atom_energies)
@@ -229,43 +233,29 @@ class EquivariantPotential(Potential):
         self.readout = nn.Sequential(nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 1))
         self.message_scale = 1.0 / math.sqrt(settings.avg_num_neighbors or 1.0)
 
+    @property
+    def interactions(self) -> "list[InteractionLayer]":
+        """The layers."""
+        return cast("list[InteractionLayer]", list(self.layers))
+
+    @property
+    def readout_maps(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear maps of the read-out."""
+        return cast("tuple[nn.Linear, nn.Linear]", (self.readout[0], self.readout[2]))
+
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
         topology = topology_of(graph)
         distances = safe_norm(vectors)
-        weights = self._radial_weights(distances)
+        basis = self.radial_basis(distances).to(self.dtype)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
         sh = (sh * self.message_scale).to(self.dtype)  # 1/√n̄ is applied where it is cheapest
         x = self.embedding[self.species_of(graph)].unsqueeze(1)
-        for layer in self.layers:
-            x = layer(x, sh, weights, topology, self.kernel_backend)
+        for layer in self.interactions:
+            x = layer(x, sh, basis, topology, self.kernel_backend)
         return self.readout(x.flatten(1)).squeeze(-1)
 
-    def _radial_weights(self, distances: Tensor) -> Callable[[RadialNetwork], Tensor]:
-        """What turns a radial network into the weights (E, P, C) of these edges.
-
-        In training on many edges that is interpolation between knots: the network is evaluated there with its first two
-        derivatives, and differentiated once; distances enter through polynomials only.
-        """
-        trains = torch.is_grad_enabled() and self.embedding.requires_grad and distances.shape[0] >= _TABLE_FROM_EDGES
-        fast = self.dtype == torch.float32 and self.kernel_backend == "auto" and fuses(self.dtype, self.device)
-        if not (trains and fast):
-            basis = self._basis(distances).to(self.dtype)
-            return lambda network: network(basis)
-        from equimd.kernels.interpolation import interpolate
-
-        if self._knots is None:
-            self._knots = Knots(self._basis, self.cutoff, _TRAINING_INTERVALS)
-        shares, intervals = self._knots.shares(distances)
-        shares, jet = shares.to(self.dtype), self._knots.jet.to(self.dtype)
-
-        def weights(network: RadialNetwork) -> Tensor:
-            table = network.jet(jet).transpose(0, 1).reshape(intervals.n_rows, -1)
-            return interpolate(shares, table, intervals).view(-1, *network.shape)
-
-        return weights
-
-    def _basis(self, distances: Tensor) -> Tensor:
+    def radial_basis(self, distances: Tensor) -> Tensor:
         """Radial basis (E, n_bessel), smoothly zero at the cutoff."""
         cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)
         return self.bessel(distances) * cutoff.unsqueeze(-1)
@@ -282,41 +272,60 @@ class EquivariantPotential(Potential):
         return None if self.settings.rms_norm else (self.message_scale,)
 
     def _fuse(self, clocks: bool = False) -> "FusedNetwork | None":
-        from equimd.kernels.network import FusedNetwork, Layer, Network
-
-        own = cast("list[InteractionLayer]", list(self.layers))
-        scaled = [lambda jet, f=layer.radial.jet: f(jet) * self.message_scale for layer in own]
+        scaled = [lambda jet, f=layer.radial.jet: f(jet) * self.message_scale for layer in self.interactions]
         try:
-            tables = tabulate(scaled, self._basis, self.cutoff, _TABLE_TOLERANCE[self.dtype])
+            tables = tabulate(scaled, self.radial_basis, self.cutoff, _TABLE_TOLERANCE[self.dtype])
         except ValueError as error:
             warnings.warn(f"{error}; the network is evaluated without tables, slowly", RuntimeWarning, stacklevel=2)
             return None
-        layers = [
-            Layer(layer.plan, list(layer.up.weights), list(layer.mix.weights), table)
-            for layer, table in zip(own, tables, strict=True)
-        ]
-        first, last = cast("list[nn.Linear]", [self.readout[0], self.readout[2]])
+        return self.compile_network(self.frozen_weights(tables), clocks)
+
+    def frozen_weights(self, tables: Sequence[RadialTable]) -> "Network":
+        """The present weights, with radial functions as given, for ``kernels.network``."""
+        from equimd.kernels.network import Layer, Network
+
+        first, last = self.readout_maps
         screening, pairs = ((), torch.zeros(1, 1, 3, device="cpu"))
         if self.settings.zbl:
             screening, pairs = zbl_parameters(self.species, self.cutoff)
-        network = Network(
-            layers,
-            self.embedding,
-            first.weight.T,
-            first.bias,
-            last.weight,
-            float(last.bias),
-            self.cutoff,
-            screening,
-            pairs,
+        return Network(
+            layers=[
+                Layer(layer.plan, list(layer.up.weights), list(layer.mix.weights), table)
+                for layer, table in zip(self.interactions, tables, strict=True)
+            ],
+            embedding=self.embedding,
+            hidden=first.weight.T,
+            bias=first.bias,
+            weights=last.weight,
+            constant=last.bias,
+            cutoff=self.cutoff,
+            screening=screening,
+            pairs=pairs,
         )
+
+    def compile_network(self, network: "Network", clocks: bool = False) -> "FusedNetwork":
+        """``network`` as a function of the geometry."""
+        from equimd.kernels.network import FusedNetwork
+
         return FusedNetwork(network, str(self.dtype).removeprefix("torch."), clocks)
 
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def _trainable(self, graph: AtomGraph) -> FrozenOutput | None:
+        """By compiled kernels, see ``equivariant_training``."""
+        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
+            return None
+        from equimd.models.equivariant_training import Trainer
+
+        if self._trainer is None:
+            self._trainer = Trainer(self)
+        return self._trainer.predict(graph)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
-        self._knots = None
+        self._trainer = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made of the radial basis anew."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_knots"}
+        """Without what is made anew when it is needed."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_trainer"}

@@ -186,6 +186,23 @@ class Potential(nn.Module, ABC):
             energy.detach(), energies.detach(), forces.detach(), None if sigma is None else sigma.detach()
         )
 
+    def predict_trainable(self, graph: AtomGraph, *, stress: bool = False) -> Prediction:
+        """A prediction that can be differentiated once, with respect to the parameters, by the fastest way there is.
+
+        The reverse of every edge is in the graph.
+        """
+        trained = self._trainable(graph)
+        if trained is None:
+            return self(graph, stress=stress, create_graph=True)
+        kind = self.species_of(graph)
+        relative = trained.output * self.scale[kind] + self.shift[kind] + trained.repulsion
+        sigma = trained.virial / _volume(graph)[:, None, None] if stress else None
+        return Prediction(self._total(graph, relative), relative, trained.forces, sigma)
+
+    def _trainable(self, graph: AtomGraph) -> FrozenOutput | None:
+        """Outputs, forces and virial, differentiable once in the parameters; None where autograd is to do it."""
+        return None
+
     def _total(self, graph: AtomGraph, energies: Tensor) -> Tensor:
         """Energies (S,) with isolated atoms from atomic energies (N,) without, summed in float64."""
         totals = energies + self._isolated_atom_energies[self.species_of(graph)]

@@ -143,7 +143,7 @@ class _Training:
         if rotations is not None:
             graph = rotate_graph(graph, torch.from_numpy(rotations[frames].reshape(-1, 3, 3)).to(device))
         weights = active_weights(recipe.loss, fraction)
-        prediction = potential(graph, stress=weights.stress > 0, create_graph=True)
+        prediction = potential.predict_trainable(graph, stress=weights.stress > 0)
         loss = loss_terms(prediction, graph, weights, recipe.loss)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
