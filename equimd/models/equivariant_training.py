@@ -110,6 +110,7 @@ class _Predict(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output: Tensor, _: Tensor, forces: Tensor, virial: Tensor) -> tuple[Tensor | None, ...]:
         trainer, graph, parameters, jets = ctx.held
+        output, forces, virial = output.detach(), forces.detach(), virial.detach()  # factors, not functions
         potential, (i, j) = trainer.potential, graph.edge_index
         moved = virial[graph.batch[i]]
         along = forces[i] - forces[j] + torch.einsum("ea,eab->eb", edge_vectors(graph, torch.float64), moved)

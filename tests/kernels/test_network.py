@@ -16,7 +16,6 @@ from equimd import kernels
 from equimd.graph import batch_graphs, graph_from_arrays, has_reverse_edges
 from equimd.kernels import compiled
 from equimd.kernels import network as fused_module
-from equimd.models import equivariant
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 
 ISOLATED = {1: -13.0, 8: -400.0}
@@ -359,30 +358,3 @@ def test_profile_names_every_part():
 def test_profile_without_a_frozen_network_names_operations():
     seconds = make_potential().requires_grad_().profile(make_graph(), repeats=1)
     assert any("_Convolve" in name for name in seconds)
-
-
-def _gradients(potential, graph):
-    potential.zero_grad()
-    prediction = potential(graph, create_graph=True)
-    (prediction.energy.square().mean() + prediction.forces.square().mean()).backward()
-    return prediction.forces.detach(), [p.grad.clone() for p in potential.parameters()]
-
-
-def test_training_on_many_edges_reads_radial_weights_from_knots(monkeypatch):
-    """Forces and gradients of their loss as without; far off with a tenth of the knots."""
-    potential = make_potential(torch.float32).requires_grad_()
-    graph = batch_graphs([make_graph(n=30, length=7.5, seed=k) for k in range(4)])
-    assert graph.n_edges > equivariant._TABLE_FROM_EDGES
-    with kernels.using("numba"):
-        forces, exact = _gradients(potential, graph)
-
-    def errors():
-        got, ours = _gradients(potential, graph)
-        assert potential._knots is not None
-        pairs = [(got, forces), *zip(ours, exact, strict=True)]
-        return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
-
-    assert errors() < 2e-5  # float32 rounding of the smallest gradients; the table itself is nearer
-    monkeypatch.setattr(equivariant, "_TRAINING_INTERVALS", 12)
-    potential._knots = None
-    assert errors() > 1e-4

@@ -1,0 +1,145 @@
+"""Predictions for training have the gradient that autograd finds by differentiating forces."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from equimd import kernels
+from equimd.graph import batch_graphs
+from equimd.models import equivariant_training
+from tests.kernels.test_network import make_graph, make_potential
+
+# Radial functions are interpolated between 129 knots, which is good to some 1e-6 of their slopes.
+INTERPOLATED = 1e-5
+
+
+def loss(prediction):
+    """Of everything that can be trained on, with weights that are not symmetric."""
+    terms = [prediction.energy.square().sum() * 1e-6, prediction.energies.square().sum()]
+    terms += [prediction.forces.square().sum(), prediction.forces.select(1, 0).sum()]
+    if prediction.stress is not None:
+        terms.append((prediction.stress * torch.arange(9.0).view(3, 3)).square().sum() * 1e3)
+    return sum(terms)
+
+
+def gradients(potential, prediction):
+    potential.zero_grad()
+    loss(prediction).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in potential.named_parameters()}
+
+
+def largest_difference(a, b):
+    """Relative to the largest of each parameter's gradient."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] is None) == (b[name] is None), name
+    return max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in a if b[n] is not None)
+
+
+def trainable(dtype=torch.float64, **settings):
+    return make_potential(dtype, **settings).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"l_max": 0}, {"l_max": 1, "parity": True, "n_layers": 3}, {"l_max": 3}, {"n_layers": 1}, {"zbl": False}],
+    ids=str,
+)
+def test_gradient_is_that_of_autograd(settings):
+    potential, graph = trainable(**settings), batch_graphs([make_graph(), make_graph(5, seed=2)])
+    fast = potential.predict_trainable(graph, stress=True)
+    slow = potential(graph, stress=True, create_graph=True)
+    torch.testing.assert_close(fast.forces, slow.forces, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fast.stress, slow.stress, rtol=0, atol=1e-8)
+    assert largest_difference(gradients(potential, fast), gradients(potential, slow)) < INTERPOLATED
+
+
+def test_gradient_in_float32():
+    potential, graph = trainable(torch.float32), make_graph()
+    fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
+    # The sum over forces of float32 is good to some 1e-5.
+    assert largest_difference(gradients(potential, fast), gradients(potential, slow)) < 1e-4
+
+
+def test_too_few_knots_are_noticed(monkeypatch):
+    monkeypatch.setattr(equivariant_training, "N_INTERVALS", 12)
+    potential, graph = trainable(), make_graph()
+    fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
+    assert largest_difference(gradients(potential, fast), gradients(potential, slow)) > 10 * INTERPOLATED
+
+
+def test_weights_of_the_next_step_are_the_next():
+    potential, graph = trainable(), make_graph()
+    first = gradients(potential, potential.predict_trainable(graph))
+    with torch.no_grad():
+        for parameter in potential.parameters():
+            parameter.mul_(1.1)
+    fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
+    torch.testing.assert_close(fast.forces, slow.forces, rtol=0, atol=1e-6)
+    after = gradients(potential, fast)
+    assert largest_difference(after, gradients(potential, slow)) < INTERPOLATED
+    assert largest_difference(after, first) > 1e-2
+
+
+def test_two_predictions_may_be_pending():
+    potential, graphs = trainable(), [make_graph(seed=1), make_graph(7, seed=3)]
+    together = [potential.predict_trainable(graph) for graph in graphs]
+    alone = [gradients(potential, potential.predict_trainable(graph)) for graph in graphs]
+    for prediction, expected in zip(together, alone, strict=True):
+        assert largest_difference(gradients(potential, prediction), expected) < 1e-12
+
+
+def test_a_missing_rate_is_noticed(monkeypatch):
+    """The negative twin: with harmonics that do not turn with the edge, forces are trained in a wrong direction."""
+    right = equivariant_training.Trainer._geometry
+
+    def wrong(self, vectors, directions):
+        harmonics, shares, intervals = right(self, vectors, directions)
+        harmonics[:, 1] = 0.0
+        return harmonics, shares, intervals
+
+    monkeypatch.setattr(equivariant_training.Trainer, "_geometry", wrong)
+    potential, graph = trainable(), make_graph()
+    fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
+    assert largest_difference(gradients(potential, fast), gradients(potential, slow)) > 1e-2
+
+
+def test_frozen_parts_stay_as_they_are():
+    potential, graph = trainable(), make_graph()
+    potential.layers[0].requires_grad_(False)
+    fast, slow = (
+        gradients(potential, p) for p in (potential.predict_trainable(graph), potential(graph, create_graph=True))
+    )
+    assert fast["layers.0.up.weights.0"] is None
+    assert largest_difference(fast, slow) < INTERPOLATED
+
+
+def test_autograd_takes_over():
+    potential, graph = trainable(rms_norm=True), make_graph()
+    assert torch.equal(potential.predict_trainable(graph).forces, potential(graph, create_graph=True).forces)
+    with kernels.using("reference"):
+        prediction = trainable().predict_trainable(graph)
+    assert torch.autograd.grad(prediction.forces.sum(), prediction.energies, allow_unused=True) == (None,)
+
+
+def test_cannot_be_differentiated_twice():
+    potential, graph = trainable(), make_graph()
+    prediction = potential.predict_trainable(graph)
+    (gradient,) = torch.autograd.grad(loss(prediction), potential.embedding, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|second time"):
+        gradient.sum().backward()
+
+
+def test_no_edges():
+    potential, graph = trainable(), make_graph(1, length=20.0, pbc=False)
+    fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
+    assert largest_difference(gradients(potential, fast), gradients(potential, slow)) < 1e-12
+
+
+def test_copies_and_pickles_while_training():
+    potential, graph = trainable(), make_graph()
+    expected = potential.predict_trainable(graph).forces
+    for twin in (copy.deepcopy(potential), pickle.loads(pickle.dumps(potential)), potential.to(torch.float64)):
+        torch.testing.assert_close(twin.predict_trainable(graph).forces, expected, rtol=0, atol=1e-12)
