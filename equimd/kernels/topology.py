@@ -37,7 +37,7 @@ class Topology:
         """Where the edges out of each sender begin in ``sender_order`` (N+1,)."""
         return self._by_sender[1]
 
-    @property
+    @functools.cached_property
     def n_edges(self) -> int:
         """Number of edges E."""
         return int(self.senders.shape[0])
