@@ -139,5 +139,6 @@ def _check(x: Tensor, sh: Tensor, radial: Tensor, senders: Tensor, plan: Convolu
         raise ValueError(f"sh must be ({n_edges}, {plan.dim_sh}), got {tuple(sh.shape)}")
     if tuple(radial.shape) != (n_edges, plan.n_paths, x.shape[2]):
         raise ValueError(f"radial must be ({n_edges}, {plan.n_paths}, {x.shape[2]}), got {tuple(radial.shape)}")
-    if not (x.dtype == sh.dtype == radial.dtype and x.device == sh.device == radial.device):
-        raise ValueError(f"x, sh, radial must share dtype and device, got {x.dtype}, {sh.dtype}, {radial.dtype}")
+    if not (x.dtype == sh.dtype == radial.dtype and x.device == sh.device == radial.device == senders.device):
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in (x, sh, radial, senders))
+        raise ValueError(f"x, sh, radial must share dtype, and their device with the edges, got {given}")

@@ -229,6 +229,7 @@ def test_convolution_is_equivariant_and_a_corrupted_one_is_not(backend):
         ({"sh": torch.zeros(30, 4, dtype=torch.float64)}, "sh must be"),
         ({"radial": torch.zeros(30, 11, 3, dtype=torch.float64)}, "radial must be"),
         ({"sh": torch.zeros(30, 9)}, "share dtype"),
+        ({"senders": torch.zeros(30, dtype=torch.int64, device="meta")}, "their device with the edges"),
         ({"senders": torch.full((30,), 7)}, "senders must lie in 0..6"),
         ({"receivers": torch.full((30,), -1)}, "receivers must lie in 0..6"),
     ],
