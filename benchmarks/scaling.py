@@ -114,8 +114,8 @@ def table(results: dict[str, Any]) -> str:
     for family, rows in results["rows"].items():
         for row in rows:
             memory = row["peak_memory_mib"] * 2**20 / 1e9
-            cells = (family, f"{row['n_atoms']:,}", f"{row['us_per_atom']:.1f}", f"{row['relative']:.2f}", f"{memory:.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
+            numbers = f"{row['us_per_atom']:.1f} | {row['relative']:.2f} | {memory:.2f}"
+            lines.append(f"| {family} | {row['n_atoms']:,} | {numbers} |")
     made = results["provenance"]
     return "\n".join([*lines, "", f"{made['processor']}, {results['threads']} threads, float32, {made['date']}."])
 

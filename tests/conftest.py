@@ -1,1 +1,9 @@
-"""Puts this folder on the path, so that tests share ``toys``."""
+"""Puts this folder on the path, so that tests share ``toys``, and lets triton run on the CPU where there is no GPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # triton looks when it is imported, which torch may do at any time; it then runs kernels number by number.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,10 +1,12 @@
 """The equivariant convolution, one operation closed under differentiation."""
 
 import functools
+import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ __all__ = [
     "using",
 ]
 
-Backend = Literal["auto", "reference", "numba"]
+Backend = Literal["auto", "reference", "numba", "triton"]
 """Of one convolution. Where whole networks are concerned, "auto" fuses them if their weights are frozen."""
 
 _COMPILED = (torch.float32, torch.float64)
@@ -79,7 +81,8 @@ def convolve(
         receivers: Row of the output that each edge writes, (E,) int64.
         plan: The layout, from ``make_plan``.
         num_nodes: Rows of the output; N unless given.
-        backend: "auto" is numba for float32 and float64 on the CPU where it can be imported, else the reference.
+        backend: "auto" is numba on the CPU and triton on a GPU where they can be imported (and triton compiles), for
+            float32 and float64, else the reference.
         topology: ``make_topology(senders, receivers, num_nodes, N)``, to sort the edges once for many calls; its edges
             are the ones that count.
 
@@ -95,40 +98,60 @@ def convolve(
                 f"not of {x.shape[0]} and {n_receivers}"
             )
     _check(x, sh, radial, senders, plan)
-    if _choose(backend, x) == "reference":
+    chosen = _choose(backend, x)
+    if chosen == "reference":
         return convolve_reference(x, sh, radial, senders, receivers, plan, n_receivers)
-    from equimd.kernels.numba_cpu import convolve_numba
-
     if topology is None:
         topology = make_topology(senders, receivers, n_receivers, x.shape[0])
+    if chosen == "triton":
+        from equimd.kernels.triton_gpu import convolve_triton
+
+        return convolve_triton(x, sh, radial, plan, topology)
+    from equimd.kernels.numba_cpu import convolve_numba
+
     return convolve_numba(x, sh, radial, plan, topology)
 
 
-def _choose(backend: Backend, x: Tensor) -> str:
-    """The backend that will run: "reference" or "numba"."""
+def _choose(backend: Backend, x: Tensor) -> Backend:
+    """The backend that will run, which is not "auto"."""
     backend = _chosen.get() if backend == "auto" else backend
     if backend == "reference":
         return backend
-    if backend not in ("auto", "numba"):
-        raise ValueError(f'backend must be "auto", "reference" or "numba", got {backend!r}')
-    supported = x.device.type == "cpu" and x.dtype in _COMPILED
-    if backend == "numba" and not supported:
-        raise ValueError(f"the numba backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
-    return "numba" if supported and (backend == "numba" or _has_numba()) else "reference"
+    compiled, device = x.dtype in _COMPILED, x.device.type
+    if backend == "auto":
+        if compiled and device == "cpu" and _has("numba"):
+            return "numba"
+        return "triton" if compiled and device == "cuda" and _has("triton") and _runs(x.device) else "reference"
+    if backend == "numba":
+        if not (compiled and device == "cpu"):
+            raise ValueError(f"the numba backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
+    elif backend == "triton":
+        if not (compiled and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")):
+            raise ValueError(f"the triton backend takes float32 and float64 on a GPU, got {x.dtype} on {x.device}")
+    else:
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    return backend
 
 
 def fuses(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether whole networks of frozen weights are compiled: with "auto", on the CPU, in float32 or float64."""
-    return _chosen.get() == "auto" and device.type == "cpu" and dtype in _COMPILED and _has_numba()
+    return _chosen.get() == "auto" and device.type == "cpu" and dtype in _COMPILED and _has("numba")
 
 
 @functools.cache
-def _has_numba() -> bool:
+def _has(package: str) -> bool:
     try:
-        import numba  # noqa: F401
+        importlib.import_module(package)
     except ImportError:
         return False
     return True
+
+
+def _runs(device: torch.device) -> bool:
+    """Whether triton compiles for this device."""
+    from equimd.kernels.triton_gpu import runs
+
+    return runs(device)
 
 
 def _check(x: Tensor, sh: Tensor, radial: Tensor, senders: Tensor, plan: ConvolutionPlan) -> None:
@@ -139,5 +162,6 @@ def _check(x: Tensor, sh: Tensor, radial: Tensor, senders: Tensor, plan: Convolu
         raise ValueError(f"sh must be ({n_edges}, {plan.dim_sh}), got {tuple(sh.shape)}")
     if tuple(radial.shape) != (n_edges, plan.n_paths, x.shape[2]):
         raise ValueError(f"radial must be ({n_edges}, {plan.n_paths}, {x.shape[2]}), got {tuple(radial.shape)}")
-    if not (x.dtype == sh.dtype == radial.dtype and x.device == sh.device == radial.device):
-        raise ValueError(f"x, sh, radial must share dtype and device, got {x.dtype}, {sh.dtype}, {radial.dtype}")
+    if not (x.dtype == sh.dtype == radial.dtype and x.device == sh.device == radial.device == senders.device):
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in (x, sh, radial, senders))
+        raise ValueError(f"x, sh, radial must share dtype, and their device with the edges, got {given}")

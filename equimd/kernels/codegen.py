@@ -113,13 +113,18 @@ def couplings(
     plan: ConvolutionPlan, constants: Constants, harmonics: str, first: int = 0, names: tuple[str, str] = ("y", "a")
 ) -> list[str]:
     """Scalars a{p}_{i}_{k} = Σ_j CG[i, j, k] Y[j] of the edge ``e``, Y from the column ``first`` on."""
-    y, a = names
     used = sorted({path.sh_offset + j for path in plan.paths for j in range(2 * path.l2 + 1)})
-    lines = [f"{y}{j} = {harmonics}[e, {first + j}]" for j in used]
-    for path in plan.paths:
-        for i, k, coupled in path_terms(path):
-            value = signed_sum([constants.term(v, f"{y}{path.sh_offset + j}") for j, v in coupled])
-            lines.append(f"{a}{path.weight_index}_{i}_{k} = {value}")
+    lines = [f"{names[0]}{j} = {harmonics}[e, {first + j}]" for j in used]
+    return lines + [line for path in plan.paths for line in path_couplings(path, constants, names)]
+
+
+def path_couplings(path: Path, constants: Constants, names: tuple[str, str] = ("y", "a")) -> list[str]:
+    """The same of one path, from harmonics y{j}."""
+    y, a = names
+    lines = []
+    for i, k, coupled in path_terms(path):
+        value = signed_sum([constants.term(v, f"{y}{path.sh_offset + j}") for j, v in coupled])
+        lines.append(f"{a}{path.weight_index}_{i}_{k} = {value}")
     return lines
 
 

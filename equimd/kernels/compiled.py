@@ -64,8 +64,7 @@ def compile_kernel(source: str, n_pointers: int, modules: Sequence[str] = ()) ->
     with _lock:
         if name not in _by_name:
             for imported in modules:
-                if module_name(imported) not in sys.modules:
-                    _import(imported)
+                import_source(imported)
             module = _import(source)
             signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
             _by_name[name] = module, signature(module.kernel.address)
@@ -75,6 +74,12 @@ def compile_kernel(source: str, n_pointers: int, modules: Sequence[str] = ()) ->
 def module_name(source: str) -> str:
     """The name under which a source is imported; others may import it, once it is."""
     return f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
+
+
+def import_source(source: str) -> ModuleType:
+    """The module of a source, imported once, from a file of the cache folder."""
+    with _lock:
+        return sys.modules.get(module_name(source)) or _import(source)
 
 
 def _import(source: str) -> ModuleType:

@@ -37,7 +37,17 @@ class Topology:
         """Where the edges out of each sender begin in ``sender_order`` (N+1,)."""
         return self._by_sender[1]
 
-    @property
+    @functools.cached_property
+    def senders_by_receiver(self) -> Tensor:
+        """Senders of the edges in ``receiver_order`` (E,)."""
+        return self.senders[self.receiver_order]
+
+    @functools.cached_property
+    def receivers_by_sender(self) -> Tensor:
+        """Receivers of the edges in ``sender_order`` (E,)."""
+        return self.receivers[self.sender_order]
+
+    @functools.cached_property
     def n_edges(self) -> int:
         """Number of edges E."""
         return int(self.senders.shape[0])

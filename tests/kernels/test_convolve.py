@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from e3nn import o3
-from kernel_problems import make_problem
+from kernel_problems import hessian_vector_product, make_problem, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
 from equimd.kernels import convolve, make_layer_plan, make_plan, make_topology, standard_irreps
@@ -11,10 +11,6 @@ from equimd.kernels import convolve, make_layer_plan, make_plan, make_topology, 
 BACKENDS = ("reference", "numba")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of sums of a few hundred products, relative to their norm
 LAYERS = [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True), (2, True)]
-
-
-def relative_error(a, b):
-    return float((a - b).detach().norm() / b.detach().norm())
 
 
 def e3nn_convolve(problem):
@@ -91,24 +87,6 @@ def test_gradients_equal_reference(l_max, parity, dtype):
         grads[backend] = torch.autograd.grad(out.sin().sum(), problem.floats)
     for a, b in zip(grads["numba"], grads["reference"], strict=True):
         assert relative_error(a, b) < 5 * TOLERANCE[dtype]
-
-
-def hessian_vector_product(backend):
-    """Of a force loss: third derivatives of the convolution, all arguments depending on positions and parameters."""
-    problem = make_problem(make_layer_plan(1), n_channels=2)
-    generator = torch.Generator().manual_seed(5)
-    vectors = torch.randn(len(problem.senders), 3, generator=generator, dtype=torch.float64).requires_grad_()
-    theta = torch.randn(2, generator=generator, dtype=torch.float64).requires_grad_()
-    direction = torch.randn(2, generator=generator, dtype=torch.float64)
-    sh = torch.cat([torch.ones_like(vectors[:, :1]), vectors * 3**0.5], dim=1)
-    radial = problem.radial * torch.sin(theta[0] * vectors.square().sum(1))[:, None, None]
-    x = torch.tanh(theta[1] * problem.x)
-    x = x + convolve(x, sh, radial, *problem.rest, backend=backend)[:, :4]
-    energy = convolve(x, sh, radial, *problem.rest, backend=backend).cos().sum()
-    (force,) = torch.autograd.grad(energy, vectors, create_graph=True)
-    (gradient,) = torch.autograd.grad(force.square().sum(), theta, create_graph=True)
-    (product,) = torch.autograd.grad(gradient @ direction, theta)
-    return product
 
 
 def test_third_derivatives_equal_reference():
@@ -229,6 +207,7 @@ def test_convolution_is_equivariant_and_a_corrupted_one_is_not(backend):
         ({"sh": torch.zeros(30, 4, dtype=torch.float64)}, "sh must be"),
         ({"radial": torch.zeros(30, 11, 3, dtype=torch.float64)}, "radial must be"),
         ({"sh": torch.zeros(30, 9)}, "share dtype"),
+        ({"senders": torch.zeros(30, dtype=torch.int64, device="meta")}, "their device with the edges"),
         ({"senders": torch.full((30,), 7)}, "senders must lie in 0..6"),
         ({"receivers": torch.full((30,), -1)}, "receivers must lie in 0..6"),
     ],

@@ -357,4 +357,4 @@ def test_profile_names_every_part():
 
 def test_profile_without_a_frozen_network_names_operations():
     seconds = make_potential().requires_grad_().profile(make_graph(), repeats=1)
-    assert any("_Convolve" in name for name in seconds)
+    assert any("Convolve" in name for name in seconds)

@@ -73,6 +73,7 @@ import equimd.kernels
 import torch
 assert "numba" not in sys.modules, "imported before it is used"
 assert "e3nn" not in sys.modules, "imported before it is used"
+assert "triton" not in sys.modules, "imported before it is used"
 from equimd.kernels import numba_cpu
 from kernel_problems import make_problem
 import multiprocessing
