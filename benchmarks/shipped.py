@@ -2,8 +2,8 @@
 
     python benchmarks/shipped.py [--work FOLDER] [--only PART]
 
-Parts: relabel, nve, langevin, symmetry, water, engines, stress. Dynamics is checkpointed in FOLDER and resumed, so the
-command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on one core.
+Parts: relabel, nve, langevin, symmetry, water, engines, stress, bfloat16. Dynamics is checkpointed in FOLDER and resumed,
+so the command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on one core.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 
 from equimd import EquimdCalculator, equivariance_error
@@ -205,6 +206,26 @@ def stress(work: Path) -> dict[str, Any]:
     return block
 
 
+def bfloat16(work: Path) -> dict[str, Any]:
+    """Transformers with bfloat16 matrix products: force errors (eV/Å, RMSE) against labels, and against float32."""
+    block = {}
+    for name in (n for n in list_potentials() if n.endswith("transformer")):
+        frames = read_list(ROOT / "data" / name.rsplit("-", 1)[0] / "test.xyz.gz")[:100]
+        labels = np.concatenate([labels_of(frame)["forces"] for frame in frames])
+        calculator, forces = EquimdCalculator(name), {}
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            forces[precision] = np.concatenate(calculator.evaluate(frames).forces)
+        torch.set_float32_matmul_precision("highest")
+        pairs = {
+            "float32": (forces["highest"], labels),
+            "bfloat16": (forces["medium"], labels),
+            "difference": (forces["medium"], forces["highest"]),
+        }
+        block[name] = {key: float(np.sqrt(np.mean((a - b) ** 2))) for key, (a, b) in pairs.items()}
+    return block
+
+
 def _strain_derivative(atoms: Atoms, a: int, b: int, step: float = 1e-5) -> float:
     """V⁻¹ ∂E/∂ε_ab by central differences with r' = r (1 + ε)."""
     energies = []
@@ -227,6 +248,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "water": water,
     "engines": engines,
     "stress": stress,
+    "bfloat16": bfloat16,
 }
 
 
