@@ -2,8 +2,9 @@
 
     python benchmarks/shipped.py [--work FOLDER] [--only PART]
 
-Parts: relabel, nve, langevin, symmetry, water, engines, stress, bfloat16. Dynamics is checkpointed in FOLDER and resumed,
-so the command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on one core.
+Parts: relabel, nve, langevin, symmetry, water, engines, stress, bfloat16. Dynamics is checkpointed in FOLDER and
+resumed, so the command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on
+one core.
 """
 
 import argparse

@@ -30,6 +30,8 @@ _EXACT = 1e-8
 # Against the reference in float64, for a sound kernel: 1e-6 to 1e-4 in float32 (atomic energies nearly cancel), 1e-10
 # in float64, where radial weights come from a table. A broken one is off by per cents.
 _PRECISION = {torch.float32: 5e-3, torch.float64: 1e-6}
+# Gradients of a loss, in float32, with radial functions interpolated between knots: 1e-5 to 1e-4.
+_TRAINING = 1e-2
 # Smallest scale of forces (eV/Å), so that a potential that is flat everywhere passes.
 _FLOOR = 1e-4
 
@@ -96,6 +98,51 @@ def self_check(potential: Potential) -> SelfCheckReport:
     return SelfCheckReport(not messages, tuple(messages), deviations)
 
 
+def check_training_kernels(potential: Potential) -> None:
+    """Compare the gradient of a loss with that of the reference kernels; use slower kernels, with a warning, if wrong.
+
+    The loss is of energy, forces and stress of a small structure; deviations are relative to the largest gradient of
+    the same parameter, or to a hundredth of the largest of all.
+    """
+    graph = _on(potential, _small_structure(potential.species, potential.cutoff).graph(potential.cutoff))
+    double = copy.deepcopy(potential).to(torch.float64)
+    with kernels.using("reference"):
+        wanted = _loss_gradient(double, graph)
+    floor = max(_FLOOR, 0.01 * max(_largest(gradient) for gradient in wanted))
+    scales = [max(_largest(gradient), floor) for gradient in wanted]
+    found: dict[kernels.Backend, str] = {}
+    for backend in ("auto", "reference"):
+        potential.kernel_backend = backend
+        try:
+            own = _loss_gradient(potential, graph)
+            errors = [_largest(a.to(b) - b) / scale for a, b, scale in zip(own, wanted, scales, strict=True)]
+            deviation = float(np.max(errors))  # NaN if any is
+        except Exception as error:  # a compiler may fail in any way
+            if backend == "reference":
+                raise
+            found[backend] = f"{type(error).__name__}: {error}"
+            continue
+        if deviation <= _TRAINING:
+            break
+        found[backend] = f"gradients are off by {deviation:.2g} of the largest"
+    else:  # it is not the kernels
+        potential.kernel_backend = "auto"
+        return
+    if found:
+        _warn_of_kernels(found, potential.kernel_backend)
+
+
+def _loss_gradient(potential: Potential, graph: AtomGraph) -> list[Tensor]:
+    """Of a loss that depends on energy, forces and stress of a structure, by every trainable parameter."""
+    prediction = potential.predict_trainable(graph, stress=True)
+    loss = prediction.energies.square().mean() + prediction.forces.square().mean()
+    if prediction.stress is not None:
+        loss = loss + prediction.stress.square().mean()
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
 def _choose_kernels(potential: Potential, exact: Potential, structures: "list[_Structure]") -> float:
     """Use the fastest kernels that are right, in the potential and in what it wraps; the largest deviation left.
 
@@ -133,13 +180,17 @@ def _choose_own_kernels(potential: Potential, graph: AtomGraph, wanted: Predicti
         potential.kernel_backend = "auto"
         return deviation
     if found:
-        what = "; ".join(f'"{name}": {fault}' for name, fault in found.items())
-        warnings.warn(
-            f'compiled kernels are wrong here ({what}); "{potential.kernel_backend}" is used instead and is slower',
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        _warn_of_kernels(found, potential.kernel_backend)
     return deviation
+
+
+def _warn_of_kernels(found: "dict[kernels.Backend, str]", chosen: kernels.Backend) -> None:
+    what = "; ".join(f'"{name}": {fault}' for name, fault in found.items())
+    warnings.warn(
+        f'compiled kernels are wrong here ({what}); "{chosen}" is used instead and is slower',
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _deviation(own: Prediction, wanted: Prediction, graph: AtomGraph) -> float:

@@ -14,6 +14,7 @@ from equimd.errors import InputError
 from equimd.models.checkpoint import build_potential
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.potential import Potential
+from equimd.models.selfcheck import check_training_kernels
 from equimd.training.data import FrameSet, build_frame_set, file_sha256, load_frames, statistics, subset
 from equimd.training.recipe import Recipe
 
@@ -60,6 +61,7 @@ def prepare(recipe: Recipe) -> Setup:
         potential = build_potential(settings, train.species, {z: energies[z] for z in train.species})
     potential.set_scale_shift({z: numbers.force_rms for z in train.species}, numbers.shift)
     potential = potential.to(device=device, dtype=getattr(torch, recipe.dtype))
+    check_training_kernels(potential)
     resolved = recipe.model_dump(mode="json")
     resolved["model"] = settings.model_dump(mode="json")
     resolved["data"]["isolated_atom_energies"] = recipe.isolated_atom_energies_by_symbol()

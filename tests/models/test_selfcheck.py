@@ -100,6 +100,11 @@ def _equivariant(l_max=2):
     return EquivariantPotential(settings, (1, 8), toys.ISOLATED)
 
 
+def _transformer():
+    settings = TransformerSettings(d_model=16, n_heads=2, d_feedforward=24)
+    return TransformerPotential(settings, (1, 8), toys.ISOLATED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_broken_convolution_falls_back_to_the_reference(monkeypatch, dtype):
     """A backend that is wrong in one product, in either precision."""
@@ -158,6 +163,42 @@ def test_broken_networks_fall_back(monkeypatch, fault):
     sound.load_state_dict(potential.state_dict())
     assert self_check(sound).ok
     assert sound.has_frozen_network
+
+
+@pytest.mark.parametrize("kernel", ["attention_back", "swiglu_back", "tokens_back"])
+def test_broken_transformer_networks_fall_back(monkeypatch, kernel):
+    from equimd.kernels import token_network
+
+    potential = _transformer().requires_grad_(False)
+    run = token_network._Run.kernel
+    monkeypatch.setattr(
+        token_network._Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
+    )
+    with pytest.warns(RuntimeWarning, match='"auto": off by .* "numba" is used instead'):
+        assert self_check(potential).ok
+    assert not potential.has_frozen_network
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_wrong_gradients_fall_back(monkeypatch, broken):
+    """Training with a kernel whose gradient is another's; a sound one gives no warning."""
+    from equimd.kernels import dual
+
+    potential, run = _equivariant(), dual._run
+
+    def wrong(name, arrays, *args):
+        run(name, arrays, *args)
+        if name == "grad_w":
+            arrays["g_w"].mul_(0.5)
+
+    if not broken:
+        selfcheck.check_training_kernels(potential)
+        assert potential.kernel_backend == "auto"
+        return
+    monkeypatch.setattr(dual, "_run", wrong)
+    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "reference" is used instead'):
+        selfcheck.check_training_kernels(potential)
+    assert potential.kernel_backend == "reference"
 
 
 def test_compiler_that_fails_falls_back(monkeypatch):
