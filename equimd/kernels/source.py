@@ -1,12 +1,9 @@
 """The text of one compiled kernel, written line by line: its arrays, buffers, constants and helper functions."""
 
-import functools
-import hashlib
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-from equimd.kernels.codegen import OPTIONS, Constants
+from equimd.kernels.codegen import INTRINSICS, OPTIONS, Constants
 from equimd.kernels.compiled import module_name
 
 NODE, EDGE = " " * 8, " " * 12
@@ -66,7 +63,7 @@ class Source:
                 "import math\n",
                 "import numpy as np",
                 "from numba import carray, cfunc, types\n",
-                f"from equimd.kernels.intrinsics import exp  # {_intrinsics_digest()}",
+                f"from equimd.kernels.intrinsics import exp, use_widest_vectors  # {INTRINSICS}",
                 *(f"from {module_name(source)} import matmul as {name}" for name, source in self._matmuls()),
                 f"REAL = types.CPointer(types.{self.dtype})",
                 "DOUBLE = types.CPointer(types.float64)",
@@ -76,6 +73,7 @@ class Source:
                 *(f"{name} = np.{self.dtype}({value})" for value, name in self.constants.names.items()),
                 f"\n\n@cfunc(types.void({types}, types.int64, types.int64), cache=True, {OPTIONS})",
                 f"def kernel({', '.join(arguments)}, low, high):",
+                "    use_widest_vectors()",
                 *views,
                 "    for n in range(low, high):",
                 *self.lines,
@@ -112,19 +110,15 @@ def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: i
     return "\n".join(
         [
             '"""Made by equimd.kernels.network_codegen; safe to delete."""\n',
-            "from numba import njit\n\n",
+            "from numba import njit\n",
+            f"from equimd.kernels.intrinsics import use_widest_vectors  # {INTRINSICS}\n\n",
             # With its signature: numba would compile it anew for every literal that it is called with.
             f'@njit("void({array}, int64, {array}, int64, {array}, int64)", cache=True, {OPTIONS})',
             "def matmul(target, t, source, s, weight, offset):",
+            "    use_widest_vectors()",
             "    target, source, weight = target[t:], source[s:], weight[offset:]  # so that no index can be negative",
             f"    for q in range(0, {n_in}, {block}):",
             *(" " * 8 + line for line in lines),
             "",
         ]
     )
-
-
-@functools.cache
-def _intrinsics_digest() -> str:
-    """So that compiled files are made anew when what they import has changed."""
-    return hashlib.sha256(Path(__file__).with_name("intrinsics.py").read_bytes()).hexdigest()[:12]
