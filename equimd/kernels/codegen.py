@@ -2,11 +2,12 @@
 
 Φ(x, Y, w, g) = Σ_{e,p} g[receiver, p] · w[e, p] · CG_p(x[sender], Y[e]) is linear in each of its arguments. The kernels
 are its partial derivatives: ``forward`` is ∂Φ/∂g, ``grad_x`` ∂Φ/∂x, ``grad_y`` ∂Φ/∂Y, ``grad_w`` ∂Φ/∂w, and
-``grad_yw`` the last two in one pass. Each walks a range of nodes and the edges of each node, forms the couplings
+``grad_yw`` the last two in one pass. Each walks edges sorted by receiver, forms the couplings
 a_p[i, k] = Σ_j CG_p[i, j, k]·Y[j] as scalars, and lets the compiler vectorise loops over channels; the channel count is
 a literal, because the distances between rows must be constants for the compiler to see that they do not overlap.
-Several paths share one loop while it stays small: long loop bodies run out of registers, and compile slowly. The arrays
-with a row for every edge and path are too large for the caches, so each edge fetches the next one's rows meanwhile.
+Several paths share one loop while it stays small: long loop bodies run out of registers, and compile slowly. Radial
+weights, a row for every edge and path, come from beyond the caches: while an edge is computed, the next one's are
+fetched.
 """
 
 import functools
@@ -18,6 +19,9 @@ from pathlib import Path as FilePath
 from equimd.kernels.plan import ConvolutionPlan, Path
 
 KINDS = ("forward", "grad_x", "grad_y", "grad_w", "grad_yw")
+N_POINTERS = 10
+"""Arrays x, y, w, g, out, out2, order, senders, receivers, ptr; a kernel leaves aside what it has no use for."""
+
 TERMS_PER_LOOP = 20
 
 OPTIONS = 'error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}'  # NaN and infinity stay what they are
@@ -42,14 +46,15 @@ ZERO = np.{dtype}(0)
 {constants}
 
 @cfunc(
-    types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, types.int64, types.int64),
+    types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, INDEX, types.int64, types.int64),
     cache=True,
     {options},
 )
-def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_other, p_ptr, low, high):
+def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_senders, p_receivers, p_ptr, low, high):
     use_widest_vectors()
     order = carray(p_order, ROWS)
-    other = carray(p_other, ROWS)
+    senders = carray(p_senders, ROWS)
+    receivers = carray(p_receivers, ROWS)
     ptr = carray(p_ptr, ROWS)
 '''
 
@@ -76,11 +81,12 @@ class Constants:
 class _Body:
     """One kernel: lines for every node and edge, the bodies of its loops over channels, and what follows them.
 
-    arrays: shape of a row of every argument. streams: those with a row (P, C) for every edge.
+    arrays: shape of a row of every argument. at_node: None for a kernel that walks a range of ``order`` instead of the
+    edges of a range of nodes. streams: arrays with a row (P, C) for every edge.
     """
 
     arrays: dict[str, tuple[int, ...]]
-    at_node: list[str]
+    at_node: list[str] | None
     at_edge: list[str]
     loops: list[list[str]]
     after: list[str]
@@ -98,13 +104,18 @@ def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str)
     lines = [
         f"{name} = carray(p_{name}, ({', '.join(map(str, ('ROWS', *shape)))}))" for name, shape in body.arrays.items()
     ]
-    lines += ["last = ptr[high] - 1", "for n in range(low, high):"]
-    lines += _indented(1, [*body.at_node, "for m in range(ptr[n], ptr[n + 1]):"])
-    lines += _indented(2, ["e = order[m]", f"ahead = order[min(m + 1, last)] * {row}", *body.at_edge])
+    if body.at_node is None:
+        depth = 1
+        lines += ["last = high - 1", "for m in range(low, high):"]
+    else:
+        depth = 2
+        lines += ["last = ptr[high] - 1", "for n in range(low, high):"]
+        lines += _indented(1, [*body.at_node, "for m in range(ptr[n], ptr[n + 1]):"])
+    lines += _indented(depth, ["e = order[m]", f"ahead = order[min(m + 1, last)] * {row}", *body.at_edge])
     for k, loop in enumerate(body.loops):  # a share of the fetches each: all at once would fill the queue for them
         share = slice(len(fetches) * k // len(body.loops), len(fetches) * (k + 1) // len(body.loops))
-        lines += _indented(2, [*fetches[share], f"for c in range({n_channels}):", *_indented(1, loop)])
-    lines += _indented(2, body.after)
+        lines += _indented(depth, [*fetches[share], f"for c in range({n_channels}):", *_indented(1, loop)])
+    lines += _indented(depth, body.after)
     header = _HEADER.format(dtype=dtype, constants=names, options=OPTIONS, intrinsics=INTRINSICS)
     return header + "\n".join(_indented(1, lines)) + "\n"
 
@@ -197,7 +208,7 @@ def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _B
     return _Body(
         arrays={"x": (plan.dim_in, n_channels), "y": (plan.dim_sh,), "w": weights, "out": (plan.dim_out, n_channels)},
         at_node=["to = out[n]", "to[:] = ZERO"],
-        at_edge=["node = x[other[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
+        at_edge=["node = x[senders[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
         loops=bodies,
         after=[],
         streams=("w",),
@@ -205,7 +216,11 @@ def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _B
 
 
 def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _Body:
-    """gx[n, i] = Σ_e Σ_p Σ_k a[i, k] w[e, p] g[receiver, p, k]; ``n`` are senders, ``other`` the receivers."""
+    """gx[sender, i] += Σ_p Σ_k a[i, k] w[e, p] g[receiver, p, k].
+
+    A walk along edges sorted by receiver, though it is senders that are written: rows of g are several times as long as
+    those of x, and are read once this way.
+    """
     bodies: list[list[str]] = []
     for paths in loops(plan):
         body: list[str] = []
@@ -221,8 +236,8 @@ def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _Bo
     weights = (plan.n_paths, n_channels)
     return _Body(
         arrays={"y": (plan.dim_sh,), "w": weights, "g": (plan.dim_out, n_channels), "out": (plan.dim_in, n_channels)},
-        at_node=["to = out[n]", "to[:] = ZERO"],
-        at_edge=["node = g[other[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
+        at_node=None,
+        at_edge=["node = g[receivers[e]]", "to = out[senders[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
         loops=bodies,
         after=[],
         streams=("w",),
@@ -247,7 +262,7 @@ def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: Constants, wrt
                 body += [f"r = weight[{p}, c]", *(f"s{j} += r * v{j}" for j in rows)]
         bodies.append(body)
     arrays: dict[str, tuple[int, ...]] = {"x": (plan.dim_in, n_channels), "g": (plan.dim_out, n_channels)}
-    at_edge, after, streams = ["node = x[other[e]]"], [], ()
+    at_edge, after, streams = ["node = x[senders[e]]"], [], ()
     weights = (plan.n_paths, n_channels)
     if wrt_y:
         arrays |= {"w": weights, "out": (plan.dim_sh,)}
