@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import markdown, write_table
 
 from equimd.results import provenance, write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
-README = ROOT / "benchmarks" / "README.md"
-BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 WORKERS = ROOT / "benchmarks" / "peer_workers"
 TORCH = "torch==2.13.0"
 PEERS = {"nequip": ["nequip==0.19.1"], "mace": ["mace-torch==0.3.16"], "pet": ["metatrain==2026.4.1"]}
@@ -179,16 +178,16 @@ def measure(work: Path, row: dict[str, Any], threads: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line per contestant and row."""
-    lines = ["| work | potential | parameters | ms | times equimd |", "|---|---|---|---|---|"]
+    lines = []
     for row, contestants in results["rows"].items():
         for name, result in contestants.items():
             ms = f"{result['ms']:.3g}" if "ms" in result else f"does not run: {result['error']}"
             ratio = f"{result['ratio']:.1f}" if "ratio" in result else ""
-            lines.append(f"| {row} | {name} | {result.get('parameters', 0):,} | {ms} | {ratio} |")
+            lines.append((row, name, f"{result.get('parameters', 0):,}", ms, ratio))
     made = results["provenance"]
     versions = ", ".join([TORCH, *(package for packages in PEERS.values() for package in packages)])
-    lines += ["", f"{made['processor']}, {results['threads']} threads, float32, {made['date']}; {versions}."]
-    return "\n".join(lines)
+    where = f"{made['processor']}, {results['threads']} threads, float32, {made['date']}; {versions}."
+    return markdown(("work", "potential", "parameters", "ms", "times equimd"), lines) + "\n\n" + where
 
 
 def main() -> None:
@@ -206,9 +205,7 @@ def main() -> None:
         print(name, json.dumps(results["rows"][name], indent=1), flush=True)
     results |= {"threads": options.threads, "provenance": provenance().model_dump()}
     write_text_atomically(RESULTS, json.dumps(results, indent=2) + "\n")
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    write_text_atomically(README, f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")
+    write_table("peers", table(results))
 
 
 if __name__ == "__main__":

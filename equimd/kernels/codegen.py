@@ -2,27 +2,45 @@
 
 Φ(x, Y, w, g) = Σ_{e,p} g[receiver, p] · w[e, p] · CG_p(x[sender], Y[e]) is linear in each of its arguments. The kernels
 are its partial derivatives: ``forward`` is ∂Φ/∂g, ``grad_x`` ∂Φ/∂x, ``grad_y`` ∂Φ/∂Y, ``grad_w`` ∂Φ/∂w, and
-``grad_yw`` the last two in one pass. Each walks a range of nodes and the edges of each node, forms the couplings
+``grad_yw`` the last two in one pass. Each walks edges sorted by receiver, forms the couplings
 a_p[i, k] = Σ_j CG_p[i, j, k]·Y[j] as scalars, and lets the compiler vectorise loops over channels; the channel count is
 a literal, because the distances between rows must be constants for the compiler to see that they do not overlap.
-Several paths share one loop while it stays small: long loop bodies run out of registers, and compile slowly.
+Several paths share one loop while it stays small: long loop bodies run out of registers, and compile slowly. Radial
+weights, a row for every edge and path, come from beyond the caches: while an edge is computed, the next one's are
+fetched.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 from equimd.kernels.plan import ConvolutionPlan, Path
 
 KINDS = ("forward", "grad_x", "grad_y", "grad_w", "grad_yw")
+N_POINTERS = 10
+"""Arrays x, y, w, g, out, out2, order, senders, receivers, ptr; a kernel leaves aside what it has no use for."""
+
 TERMS_PER_LOOP = 20
 
 OPTIONS = 'error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}'  # NaN and infinity stay what they are
 """Of everything that numba compiles here."""
 
+INTRINSICS, VECTORS = (
+    hashlib.sha256(FilePath(__file__).with_name(name).read_bytes()).hexdigest()[:12]
+    for name in ("intrinsics.py", "lanes.py")
+)
+"""To be named by every source that imports them, so that it is compiled anew when they change."""
+
+_CACHE_LINE = 64  # bytes
+
 _HEADER = '''"""Made by equimd.kernels.codegen; safe to delete."""
 
 import numpy as np
 from numba import carray, cfunc, types
+
+from equimd.kernels.intrinsics import prefetch, use_widest_vectors  # {intrinsics}
 
 REAL = types.CPointer(types.{dtype})
 INDEX = types.CPointer(types.int64)
@@ -31,13 +49,15 @@ ZERO = np.{dtype}(0)
 {constants}
 
 @cfunc(
-    types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, types.int64, types.int64),
+    types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, INDEX, types.int64, types.int64),
     cache=True,
     {options},
 )
-def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_other, p_ptr, low, high):
+def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_senders, p_receivers, p_ptr, low, high):
+    use_widest_vectors()
     order = carray(p_order, ROWS)
-    other = carray(p_other, ROWS)
+    senders = carray(p_senders, ROWS)
+    receivers = carray(p_receivers, ROWS)
     ptr = carray(p_ptr, ROWS)
 '''
 
@@ -60,12 +80,47 @@ class Constants:
         return self.names.setdefault(repr(float(value)), f"C{len(self.names)}")
 
 
+@dataclass(frozen=True)
+class _Body:
+    """One kernel: lines for every node and edge, the bodies of its loops over channels, and what follows them.
+
+    arrays: shape of a row of every argument. at_node: None for a kernel that walks a range of ``order`` instead of the
+    edges of a range of nodes. streams: arrays with a row (P, C) for every edge.
+    """
+
+    arrays: dict[str, tuple[int, ...]]
+    at_node: list[str] | None
+    at_edge: list[str]
+    loops: list[list[str]]
+    after: list[str]
+    streams: tuple[str, ...]
+
+
 def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> str:
     """A module with one C function ``kernel``; ``kind`` is one of KINDS, ``dtype`` is "float32" or "float64"."""
     constants = Constants()
     body = _BODIES[kind](plan, n_channels, constants)
     names = "".join(f"{name} = np.{dtype}({value})\n" for value, name in constants.names.items())
-    return _HEADER.format(dtype=dtype, constants=names, options=OPTIONS) + "\n".join(body) + "\n"
+    row = plan.n_paths * n_channels
+    step = _CACHE_LINE // {"float32": 4, "float64": 8}[dtype]
+    fetches = [f"prefetch(p_{name}, ahead + {k})" for k in range(0, row, step) for name in body.streams]
+    lines = [
+        f"{name} = carray(p_{name}, ({', '.join(map(str, ('ROWS', *shape)))}))" for name, shape in body.arrays.items()
+    ]
+    if body.at_node is None:
+        depth = 1
+        lines += ["last = high - 1", "for m in range(low, high):"]
+    else:
+        depth = 2
+        lines += ["last = ptr[high] - 1", "for n in range(low, high):"]
+        lines += _indented(1, [*body.at_node, "for m in range(ptr[n], ptr[n + 1]):"])
+    lines += _indented(depth, ["e = order[m]", f"ahead = order[min(m + 1, last)] * {row}", *body.at_edge])
+    for k, loop in enumerate(body.loops):  # a share of the fetches each: all at once would fill the queue for them
+        share = slice(len(fetches) * k // len(body.loops), len(fetches) * (k + 1) // len(body.loops))
+        lines += _indented(depth, [*fetches[share], f"for c in range({n_channels}):", *_indented(1, loop)])
+    lines += _indented(depth, body.after)
+    header = _HEADER.format(dtype=dtype, constants=names, options=OPTIONS, intrinsics=INTRINSICS)
+    return header + "\n".join(_indented(1, lines)) + "\n"
 
 
 def path_terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:
@@ -96,25 +151,28 @@ def signed_sum(terms: list[str]) -> str:
     return " ".join(terms).removeprefix("+ ")
 
 
-def _arrays(**rows: tuple[int, ...]) -> list[str]:
-    """Views of the pointers p_NAME with the given shapes per row."""
-    return [f"    {name} = carray(p_{name}, ({', '.join(map(str, ('ROWS', *shape)))}))" for name, shape in rows.items()]
+def load_harmonics(plan: ConvolutionPlan, source: str, first: int = 0, name: str = "y") -> list[str]:
+    """Scalars y{j} of the edge ``e``, those that some path reads."""
+    used = sorted({path.sh_offset + j for path in plan.paths for j in range(2 * path.l2 + 1)})
+    return [f"{name}{j} = {source}[e, {first + j}]" for j in used]
 
 
-def _walk(*at_node: str, at_edge: tuple[str, ...]) -> list[str]:
-    """The two loops that every kernel has; ``e`` is the edge."""
-    lines = ["    for n in range(low, high):"]
-    lines += [" " * 8 + line for line in at_node]
-    lines += ["        for m in range(ptr[n], ptr[n + 1]):", "            e = order[m]"]
-    return lines + [" " * 12 + line for line in at_edge]
+def contraction(path: Path, constants: Constants) -> list[str]:
+    """v{j} = Σ_ik CG[i, j, k] x{i} g{k} of one path: the gradients of harmonics and weights are made of these."""
+    lines: list[str] = []
+    sums: dict[int, list[str]] = {}
+    for i, k, coupled in path_terms(path):
+        lines.append(f"t{i}_{k} = x{path.in_offset + i} * g{path.out_offset + k}")
+        for j, v in coupled:
+            sums.setdefault(path.sh_offset + j, []).append(constants.term(v, f"t{i}_{k}"))
+    return lines + [f"v{j} = {signed_sum(terms)}" for j, terms in sums.items()]
 
 
 def couplings(
     plan: ConvolutionPlan, constants: Constants, harmonics: str, first: int = 0, names: tuple[str, str] = ("y", "a")
 ) -> list[str]:
     """Scalars a{p}_{i}_{k} = Σ_j CG[i, j, k] Y[j] of the edge ``e``, Y from the column ``first`` on."""
-    used = sorted({path.sh_offset + j for path in plan.paths for j in range(2 * path.l2 + 1)})
-    lines = [f"{names[0]}{j} = {harmonics}[e, {first + j}]" for j in used]
+    lines = load_harmonics(plan, harmonics, first, names[0])
     return lines + [line for path in plan.paths for line in path_couplings(path, constants, names)]
 
 
@@ -128,22 +186,23 @@ def path_couplings(path: Path, constants: Constants, names: tuple[str, str] = ("
     return lines
 
 
+def _indented(levels: int, lines: list[str]) -> list[str]:
+    return ["    " * levels + line for line in lines]
+
+
 def _loads(name: str, source: str, rows: list[int]) -> list[str]:
     return [f"{name}{row} = {source}[{row}, c]" for row in rows]
 
 
-def _loop(n_channels: int, lines: list[str]) -> list[str]:
-    return [f"            for c in range({n_channels}):", *(" " * 16 + line for line in lines)]
+def _input_rows(paths: list[Path]) -> list[int]:
+    return sorted({row for path in paths for row in range(path.in_rows.start, path.in_rows.stop)})
 
 
-def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> list[str]:
+def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _Body:
     """out[n, p, k] = Σ_e w[e, p] Σ_i a[i, k] x[sender, i]."""
-    lines = _arrays(x=(plan.dim_in, n_channels), y=(plan.dim_sh,), w=(plan.n_paths, n_channels))
-    lines += _arrays(out=(plan.dim_out, n_channels))
-    lines += _walk("to = out[n]", "to[:] = ZERO", at_edge=("node = x[other[e]]", "weight = w[e]"))
-    lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+    bodies: list[list[str]] = []
     for paths in loops(plan):
-        body = _loads("x", "node", sorted({row for p in paths for row in range(p.in_rows.start, p.in_rows.stop)}))
+        body = _loads("x", "node", _input_rows(paths))
         for path in paths:
             p = path.weight_index
             sums: dict[int, list[str]] = {}
@@ -151,16 +210,25 @@ def _forward(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> li
                 sums.setdefault(k, []).append(f"+ a{p}_{i}_{k} * x{path.in_offset + i}")
             body.append(f"r = weight[{p}, c]")
             body += [f"to[{path.out_offset + k}, c] += r * ({signed_sum(terms)})" for k, terms in sums.items()]
-        lines += _loop(n_channels, body)
-    return lines
+        bodies.append(body)
+    weights = (plan.n_paths, n_channels)
+    return _Body(
+        arrays={"x": (plan.dim_in, n_channels), "y": (plan.dim_sh,), "w": weights, "out": (plan.dim_out, n_channels)},
+        at_node=["to = out[n]", "to[:] = ZERO"],
+        at_edge=["node = x[senders[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
+        loops=bodies,
+        after=[],
+        streams=("w",),
+    )
 
 
-def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> list[str]:
-    """gx[n, i] = Σ_e Σ_p Σ_k a[i, k] w[e, p] g[receiver, p, k]; ``n`` are senders, ``other`` the receivers."""
-    lines = _arrays(y=(plan.dim_sh,), w=(plan.n_paths, n_channels), g=(plan.dim_out, n_channels))
-    lines += _arrays(out=(plan.dim_in, n_channels))
-    lines += _walk("to = out[n]", "to[:] = ZERO", at_edge=("node = g[other[e]]", "weight = w[e]"))
-    lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> _Body:
+    """gx[sender, i] += Σ_p Σ_k a[i, k] w[e, p] g[receiver, p, k].
+
+    A walk along edges sorted by receiver, though it is senders that are written: rows of g are several times as long as
+    those of x, and are read once this way.
+    """
+    bodies: list[list[str]] = []
     for paths in loops(plan):
         body: list[str] = []
         sums: dict[int, list[str]] = {}
@@ -171,46 +239,51 @@ def _grad_x(plan: ConvolutionPlan, n_channels: int, constants: Constants) -> lis
             for i, k, _ in path_terms(path):
                 sums.setdefault(path.in_offset + i, []).append(f"+ a{p}_{i}_{k} * g{o + k}")
         body += [f"to[{row}, c] += {signed_sum(terms)}" for row, terms in sums.items()]
-        lines += _loop(n_channels, body)
-    return lines
+        bodies.append(body)
+    weights = (plan.n_paths, n_channels)
+    return _Body(
+        arrays={"y": (plan.dim_sh,), "w": weights, "g": (plan.dim_out, n_channels), "out": (plan.dim_in, n_channels)},
+        at_node=None,
+        at_edge=["node = g[receivers[e]]", "to = out[senders[e]]", "weight = w[e]", *couplings(plan, constants, "y")],
+        loops=bodies,
+        after=[],
+        streams=("w",),
+    )
 
 
-def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: Constants, wrt_y: bool, wrt_w: bool) -> list[str]:
-    """gY[e, j] = Σ_c Σ_p w[e, p] Σ_ik CG[i, j, k] x_i g_k (to ``out``), gw[e, p] = Σ_ik a[i, k] x_i g_k (``out2``)."""
-    lines = _arrays(x=(plan.dim_in, n_channels), g=(plan.dim_out, n_channels))
-    at_edge = ["node = x[other[e]]"]
-    if wrt_y:
-        lines += _arrays(w=(plan.n_paths, n_channels), out=(plan.dim_sh,))
-        at_edge += ["weight = w[e]", *(f"s{j} = ZERO" for j in range(plan.dim_sh))]
-    if wrt_w:
-        lines += _arrays(y=(plan.dim_sh,), out2=(plan.n_paths, n_channels))
-        at_edge.append("to = out2[e]")
-    lines += _walk("grad = g[n]", at_edge=tuple(at_edge))
-    if wrt_w:
-        lines += [" " * 12 + line for line in couplings(plan, constants, "y")]
+def _grad_edge(plan: ConvolutionPlan, n_channels: int, constants: Constants, wrt_y: bool, wrt_w: bool) -> _Body:
+    """gY[e, j] = Σ_c Σ_p w[e, p] v[p, j] (to ``out``) and gw[e, p] = Σ_j Y[j] v[p, j] (to ``out2``).
+
+    v[p, j] = Σ_ik CG[i, j, k] x_i g_k needs no couplings, and serves both.
+    """
+    bodies: list[list[str]] = []
     for paths in loops(plan):
-        body = _loads("x", "node", sorted({row for p in paths for row in range(p.in_rows.start, p.in_rows.stop)}))
+        body = _loads("x", "node", _input_rows(paths))
         for path in paths:
-            p = path.weight_index
+            p, rows = path.weight_index, range(path.sh_rows.start, path.sh_rows.stop)
             body += _loads("g", "grad", list(range(path.out_rows.start, path.out_rows.stop)))
-            sums: dict[int, list[str]] = {}
-            for i, k, coupled in path_terms(path):
-                body.append(f"t{p}_{i}_{k} = x{path.in_offset + i} * g{path.out_offset + k}")
-                for j, v in coupled:
-                    sums.setdefault(path.sh_offset + j, []).append(constants.term(v, f"t{p}_{i}_{k}"))
+            body += contraction(path, constants)
             if wrt_w:
-                products = [f"+ a{p}_{i}_{k} * t{p}_{i}_{k}" for i, k, _ in path_terms(path)]
-                body.append(f"to[{p}, c] = {signed_sum(products)}")
+                body.append(f"to[{p}, c] = " + " + ".join(f"y{j} * v{j}" for j in rows))
             if wrt_y:
-                body.append(f"r = weight[{p}, c]")
-                body += [f"s{j} += r * ({signed_sum(terms)})" for j, terms in sums.items()]
-        lines += _loop(n_channels, body)
+                body += [f"r = weight[{p}, c]", *(f"s{j} += r * v{j}" for j in rows)]
+        bodies.append(body)
+    arrays: dict[str, tuple[int, ...]] = {"x": (plan.dim_in, n_channels), "g": (plan.dim_out, n_channels)}
+    at_edge, after, streams = ["node = x[senders[e]]"], [], ()
+    weights = (plan.n_paths, n_channels)
     if wrt_y:
-        lines += [f"            out[e, {j}] = s{j}" for j in range(plan.dim_sh)]
-    return lines
+        arrays |= {"w": weights, "out": (plan.dim_sh,)}
+        at_edge += ["weight = w[e]", *(f"s{j} = ZERO" for j in range(plan.dim_sh))]
+        after += [f"out[e, {j}] = s{j}" for j in range(plan.dim_sh)]
+        streams += ("w",)
+    if wrt_w:
+        arrays |= {"y": (plan.dim_sh,), "out2": weights}
+        at_edge += ["to = out2[e]", *load_harmonics(plan, "y")]
+        streams += ("out2",)
+    return _Body(arrays, ["grad = g[n]"], at_edge, bodies, after, streams)
 
 
-_BODIES: dict[str, Callable[[ConvolutionPlan, int, Constants], list[str]]] = {
+_BODIES: dict[str, Callable[[ConvolutionPlan, int, Constants], _Body]] = {
     "forward": _forward,
     "grad_x": _grad_x,
     "grad_y": functools.partial(_grad_edge, wrt_y=True, wrt_w=False),

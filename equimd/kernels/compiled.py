@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from equimd.kernels.codegen import kernel_source
+from equimd.kernels.codegen import N_POINTERS, kernel_source
 from equimd.kernels.plan import ConvolutionPlan
 
 Kernel = Callable[..., None]
@@ -29,13 +29,13 @@ _lock = threading.RLock()
 
 
 def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel:
-    """The C function of ``codegen.kernel_source``, called with 9 addresses and a range of nodes; releases the GIL."""
+    """The C function of ``codegen.kernel_source``, called with N_POINTERS addresses and a range; releases the GIL."""
     key = (kind, plan, n_channels, dtype)
     kernel = _kernels.get(key)
     if kernel is None:
         with _lock:
             if key not in _kernels:
-                _kernels[key] = compile_kernel(kernel_source(*key), 9)
+                _kernels[key] = compile_kernel(kernel_source(*key), N_POINTERS)
             kernel = _kernels[key]
     return kernel
 

@@ -73,14 +73,15 @@ def _run(name: str, arrays: dict[str, Tensor], plan: ConvolutionPlan, topology: 
         arrays[result].zero_()
         return
     kernel, names = _kernel(name, plan, n_channels, _DTYPES[arrays["x"].dtype])
-    by_sender = name == "grad_x"
-    if by_sender:
-        edges = {"order": topology.sender_order, "other": topology.receivers, "ptr": topology.sender_ptr}
-    else:
-        edges = {"order": topology.receiver_order, "other": topology.senders, "ptr": topology.receiver_ptr}
-    held = arrays | edges
     n_threads = min(torch.get_num_threads(), 3 * topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
-    run_ranges(kernel, [held[n].data_ptr() for n in names], topology.split(max(1, n_threads), by_sender))
+    if name == "grad_x":  # each thread has senders of its own to write to
+        arrays[result].zero_()
+        order, bounds = topology.sender_groups(max(1, n_threads))
+    else:
+        order, bounds = topology.receiver_order, topology.split(max(1, n_threads))
+    edges = {"order": order, "senders": topology.senders, "receivers": topology.receivers}
+    held = arrays | edges | {"ptr": topology.receiver_ptr}
+    run_ranges(kernel, [held[n].data_ptr() for n in names], bounds)
 
 
 @functools.lru_cache(maxsize=256)

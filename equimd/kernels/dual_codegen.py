@@ -11,7 +11,7 @@ by side, so that each array has one address and the compiler sees what overlaps.
 
 from equimd.kernels.codegen import couplings, loops, path_terms, signed_sum
 from equimd.kernels.plan import ConvolutionPlan, Path
-from equimd.kernels.source import EDGE, KernelSource, Source
+from equimd.kernels.source import EDGE, NODE, KernelSource, Source
 
 TERMS_PER_LOOP = 10
 
@@ -21,7 +21,9 @@ def forward_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel
     s, c = Source(dtype, n_channels), n_channels
     s.array("out", 2 * plan.dim_out * c)
     s.add("to = out[n]", "to[:] = ZERO")
-    _edge_loop(s, plan, x="source", w="weight")
+    _edge_loop(s, plan)
+    s.array("w", 2 * plan.n_paths * c)
+    s.add("weight = w[e]", indent=EDGE)
     for paths in loops(plan, TERMS_PER_LOOP):
         body = _loads(paths, c, plan)
         for path in paths:
@@ -40,7 +42,7 @@ def grad_w_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
     s, c = Source(dtype, n_channels), n_channels
     s.array("g", 2 * plan.dim_out * c), s.array("g_w", 2 * plan.n_paths * c)
     s.add("own = g[n]")
-    _edge_loop(s, plan, x="source")
+    _edge_loop(s, plan)
     s.add("to = g_w[e]", indent=EDGE)
     for paths in loops(plan, TERMS_PER_LOOP):
         body = _loads(paths, c, plan)
@@ -58,12 +60,12 @@ def grad_w_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
 
 
 def grad_x_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelSource:
-    """Source of ``grad_x``: sh, w and g (N, 2, D_out, C) → g_x (N, 2, D_in, C), by senders; ``other`` receives."""
+    """Source of ``grad_x``: sh, w and g (N, 2, D_out, C), added to g_x (N, 2, D_in, C); along a range of ``order``."""
     s, c = Source(dtype, n_channels), n_channels
-    s.array("g", 2 * plan.dim_out * c), s.array("g_x", 2 * plan.dim_in * c)
-    s.add("to = g_x[n]", "to[:] = ZERO")
-    _edge_loop(s, plan, w="weight")
-    s.add("theirs = g[other[e]]", indent=EDGE)
+    s.array("order", kind="INDEX"), s.array("senders", kind="INDEX"), s.array("receivers", kind="INDEX")
+    s.array("g", 2 * plan.dim_out * c), s.array("g_x", 2 * plan.dim_in * c), s.array("w", 2 * plan.n_paths * c)
+    s.add("e = order[n]", "to, theirs, weight = g_x[senders[e]], g[receivers[e]], w[e]")
+    s.add(*_couplings(s, plan))
     for paths in loops(plan, TERMS_PER_LOOP):
         body: list[str] = []
         values: dict[int, list[str]] = {}
@@ -81,25 +83,23 @@ def grad_x_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
                 rates.setdefault(to, []).append(f"+ a{p}_{i}_{k} * o{row}")
         body += [f"to[{row * c} + c] += {signed_sum(terms)}" for row, terms in values.items()]
         body += [f"to[{(plan.dim_in + row) * c} + c] += {signed_sum(terms)}" for row, terms in rates.items()]
-        _channels(s, body)
+        _channels(s, body, NODE)
     return s.result()
 
 
-def _edge_loop(s: Source, plan: ConvolutionPlan, x: str = "", w: str = "") -> None:
-    """The loop over the edges of a node, with the rows named of its other end and of its weights, and couplings."""
-    c = s.n_channels
-    s.array("order", kind="INDEX"), s.array("other", kind="INDEX"), s.array("ptr", kind="INDEX")
-    s.array("sh", 2 * plan.dim_sh)
+def _edge_loop(s: Source, plan: ConvolutionPlan) -> None:
+    """The loop over the edges into an atom, with the features of the other end and the couplings."""
+    s.array("order", kind="INDEX"), s.array("senders", kind="INDEX"), s.array("ptr", kind="INDEX")
+    s.array("x", 2 * plan.dim_in * s.n_channels)
     s.add("for m in range(ptr[n], ptr[n + 1]):")
-    s.add("e = order[m]", indent=EDGE)
-    if x:
-        s.array("x", 2 * plan.dim_in * c)
-        s.add(f"{x} = x[other[e]]", indent=EDGE)
-    if w:
-        s.array("w", 2 * plan.n_paths * c)
-        s.add(f"{w} = w[e]", indent=EDGE)
-    s.add(*couplings(plan, s.constants, "sh"), indent=EDGE)
-    s.add(*couplings(plan, s.constants, "sh", first=plan.dim_sh, names=("z", "b")), indent=EDGE)
+    s.add("e = order[m]", "source = x[senders[e]]", *_couplings(s, plan), indent=EDGE)
+
+
+def _couplings(s: Source, plan: ConvolutionPlan) -> list[str]:
+    """Those of the harmonics, a, and of their rates, b."""
+    s.array("sh", 2 * plan.dim_sh)
+    lines = couplings(plan, s.constants, "sh")
+    return lines + couplings(plan, s.constants, "sh", first=plan.dim_sh, names=("z", "b"))
 
 
 def _loads(paths: list[Path], c: int, plan: ConvolutionPlan) -> list[str]:
@@ -122,5 +122,5 @@ def _products(path: Path) -> dict[int, tuple[str, str]]:
     return {k: (signed_sum(u), signed_sum(v)) for k, (u, v) in sums.items()}
 
 
-def _channels(s: Source, body: list[str]) -> None:
-    s.add(f"for c in range({s.n_channels}):", *("    " + line for line in body), indent=EDGE)
+def _channels(s: Source, body: list[str], indent: str = EDGE) -> None:
+    s.add(f"for c in range({s.n_channels}):", *("    " + line for line in body), indent=indent)

@@ -1,4 +1,4 @@
-"""Functions that compiled kernels call and that numba lacks: an exponential that vectorises, the processor's clock."""
+"""What compiled kernels call and numba lacks: a vectorising exponential, wide vectors, prefetching, a clock."""
 
 import math
 from typing import Any
@@ -70,6 +70,37 @@ def _exact_fma(b: Any, u: Any, v: Any, w: Any) -> Any:
         return b.fma(u, v, w)
     name = f"llvm.fma.v{u.type.count}{u.type.element.intrinsic_name}"
     return b.call(b.module.declare_intrinsic(name, (), ir.FunctionType(u.type, [u.type] * 3)), [u, v, w])
+
+
+@intrinsic
+def use_widest_vectors(_context: Any) -> Any:
+    """Let LLVM use 512-bit vectors in the function that calls this; on most Intel processors it prefers 256 bits.
+
+    That function stays one of its own, because what it is inlined into does not inherit the choice.
+    """
+
+    def codegen(context: Any, b: Any, _signature: Any, _args: Any) -> Any:
+        attributes = b.function.attributes
+        attributes.add("noinline")
+        set.add(attributes, '"prefer-vector-width"="512"')  # its own ``add`` knows no attributes with a value
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def prefetch(_context: Any, pointer: Any, index: Any) -> Any:
+    """Bring the cache line of ``pointer[index]`` near; a hint, and no error wherever it points."""
+
+    def codegen(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        address = b.bitcast(b.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [address.type, flag, flag, flag])
+        function = b.module.declare_intrinsic("llvm.prefetch", [address.type], signature)
+        b.call(function, [address, flag(0), flag(3), flag(1)])  # to read, to keep in all caches, data
+        return context.get_dummy_value()
+
+    return types.void(pointer, index), codegen
 
 
 def _power_of_two(degree: int) -> list[float]:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from equimd.kernels.codegen import couplings, loops, path_terms, signed_sum
+from equimd.kernels.codegen import contraction, couplings, load_harmonics, loops, path_terms, signed_sum
 from equimd.kernels.plan import ConvolutionPlan, Irrep, Path, irreps_dim
 from equimd.kernels.source import EDGE, NODE, KernelSource, Source
 
@@ -160,7 +160,7 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str, cl
         s.add("theirs = g_to[other[e]]", indent=EDGE)
     _radial(s, plan, derivative=True)
     s.mark("radial", EDGE)
-    s.add(*couplings(plan, s.constants, "sh"), indent=EDGE)
+    s.add(*(load_harmonics(plan, "sh") if before is None else couplings(plan, s.constants, "sh")), indent=EDGE)
     s.add("slope = ZERO", *(f"s{j} = ZERO" for j in range(plan.dim_sh)), indent=EDGE)
     for paths in loops(plan):
         body = _loads("source", paths, c)
@@ -169,15 +169,10 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str, cl
             p, o = path.weight_index, path.out_offset
             body += [f"g{o + k} = own[{(o + k) * c} + c]" for k in range(2 * path.l3 + 1)]
             body.append(f"r{p} = w[{p * c} + c]")
-            sums: dict[int, list[str]] = {}
-            products = []
-            for i, k, coupled in path_terms(path):
-                body.append(f"t{p}_{i}_{k} = x{path.in_offset + i} * g{o + k}")
-                products.append(f"+ a{p}_{i}_{k} * t{p}_{i}_{k}")
-                for j, v in coupled:
-                    sums.setdefault(path.sh_offset + j, []).append(s.constants.term(v, f"t{p}_{i}_{k}"))
-            body.append(f"slope += dw[{p * c} + c] * ({signed_sum(products)})")
-            body += [f"s{j} += r{p} * ({signed_sum(terms)})" for j, terms in sums.items()]
+            body += contraction(path, s.constants)
+            rows = range(path.sh_rows.start, path.sh_rows.stop)
+            body.append(f"slope += dw[{p * c} + c] * ({' + '.join(f'y{j} * v{j}' for j in rows)})")
+            body += [f"s{j} += r{p} * v{j}" for j in rows]
             if before is not None:
                 body += [f"b{o + k} = r{p} * theirs[{(o + k) * c} + c]" for k in range(2 * path.l3 + 1)]
                 sign = "-" if path.l2 % 2 else "+"

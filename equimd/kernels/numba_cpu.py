@@ -32,28 +32,18 @@ def _run(
     plan: ConvolutionPlan,
     topology: Topology,
 ) -> None:
-    """Fill ``out`` (and ``out2``) by the kernel, in ranges of nodes of about equally many edges."""
+    """Fill ``out`` (and ``out2``) by the kernel, in parts of about equally many edges."""
     n_channels = x.shape[2]
     if topology.n_edges == 0 or n_channels == 0 or plan.n_paths == 0:
         out.zero_()
         out2.zero_()
         return
     kernel = get_kernel(kind, plan, n_channels, _DTYPES[x.dtype])
-    by_sender = kind == "grad_x"
-    if by_sender:
-        order, other, ptr = topology.sender_order, topology.receivers, topology.sender_ptr
-    else:
-        order, other, ptr = topology.receiver_order, topology.senders, topology.receiver_ptr
-    args = (
-        x.data_ptr(),
-        y.data_ptr(),
-        w.data_ptr(),
-        g.data_ptr(),
-        out.data_ptr(),
-        out2.data_ptr(),
-        order.data_ptr(),
-        other.data_ptr(),
-        ptr.data_ptr(),
-    )
     n_threads = min(torch.get_num_threads(), topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
-    run_ranges(kernel, args, topology.split(max(1, n_threads), by_sender))
+    if kind == "grad_x":  # each thread has senders of its own to write to
+        out.zero_()
+        order, bounds = topology.sender_groups(max(1, n_threads))
+    else:
+        order, bounds = topology.receiver_order, topology.split(max(1, n_threads))
+    tensors = (x, y, w, g, out, out2, order, topology.senders, topology.receivers, topology.receiver_ptr)
+    run_ranges(kernel, [tensor.data_ptr() for tensor in tensors], bounds)

@@ -1,12 +1,9 @@
 """The text of one compiled kernel, written line by line: its arrays, buffers, constants and helper functions."""
 
-import functools
-import hashlib
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-from equimd.kernels.codegen import OPTIONS, Constants
+from equimd.kernels.codegen import INTRINSICS, OPTIONS, VECTORS, Constants
 from equimd.kernels.compiled import module_name
 
 LANES = 16
@@ -59,7 +56,7 @@ class Source:
     def use_lanes(self) -> None:
         """Import the vectors of ``lanes``; their exponential is called ``exp_lanes``."""
         names = "div, exp as exp_lanes, fma, load, maximum, mul, splat, splat_at, store, sub, total, transpose"
-        self.imports = [f"from equimd.kernels.lanes import {names}  # {_digest_of('lanes.py')}"]
+        self.imports = [f"from equimd.kernels.lanes import {names}  # {VECTORS}"]
 
     def add(self, *lines: str, indent: str = NODE) -> None:
         """Lines of the kernel's loop over atoms."""
@@ -94,7 +91,7 @@ class Source:
                 "import math\n",
                 "import numpy as np",
                 "from numba import carray, cfunc, types\n",
-                f"from equimd.kernels.intrinsics import exp  # {_digest_of('intrinsics.py')}",
+                f"from equimd.kernels.intrinsics import exp, use_widest_vectors  # {INTRINSICS}",
                 *self.imports,
                 *(f"from {module_name(source)} import matmul as {name}" for name, source in self._matmuls()),
                 f"REAL = types.CPointer(types.{self.dtype})",
@@ -105,6 +102,7 @@ class Source:
                 *(f"{name} = np.{self.dtype}({value})" for value, name in self.constants.names.items()),
                 f"\n\n@cfunc(types.void({types}, types.int64, types.int64), cache=True, {OPTIONS})",
                 f"def kernel({', '.join(arguments)}, low, high):",
+                "    use_widest_vectors()",
                 *views,
                 *self.prologue,
                 "    for n in range(low, high):",
@@ -124,7 +122,7 @@ class Source:
         """The module, and what it takes to compile and to call it."""
         if self.phases:
             self.array("cycles", kind="INDEX")
-            self.imports.append(f"from equimd.kernels.intrinsics import read_cycles  # {_digest_of('intrinsics.py')}")
+            self.imports.append(f"from equimd.kernels.intrinsics import read_cycles  # {INTRINSICS}")
             self.prologue += [f"    spent = np.zeros({len(self.phases)}, np.int64)", "    last = read_cycles()"]
             self.epilogue += [f"    for k in range({len(self.phases)}):", "        cycles[k] += spent[k]"]
         modules = tuple(source for _, source in self._matmuls())
@@ -149,19 +147,15 @@ def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: i
     return "\n".join(
         [
             '"""Made by equimd.kernels.source; safe to delete."""\n',
-            "from numba import njit\n\n",
+            "from numba import njit\n",
+            f"from equimd.kernels.intrinsics import use_widest_vectors  # {INTRINSICS}\n\n",
             # With its signature: numba would compile it anew for every literal that it is called with.
             f'@njit("void({array}, int64, {array}, int64, {array}, int64)", cache=True, {OPTIONS})',
             "def matmul(target, t, source, s, weight, offset):",
+            "    use_widest_vectors()",
             "    target, source, weight = target[t:], source[s:], weight[offset:]  # so that no index can be negative",
             f"    for q in range(0, {n_in}, {block}):",
             *(" " * 8 + line for line in lines),
             "",
         ]
     )
-
-
-@functools.cache
-def _digest_of(file: str) -> str:
-    """So that compiled files are made anew when what they import has changed."""
-    return hashlib.sha256(Path(__file__).with_name(file).read_bytes()).hexdigest()[:12]

@@ -21,7 +21,8 @@ class Topology:
     n_receivers: int
     receiver_order: Tensor
     receiver_ptr: Tensor
-    _splits: dict[tuple[int, bool], list[int]] = field(default_factory=dict, repr=False)
+    _splits: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    _groups: dict[int, tuple[Tensor, list[int]]] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def _by_sender(self) -> tuple[Tensor, Tensor]:
@@ -52,18 +53,32 @@ class Topology:
         """Number of edges E."""
         return int(self.senders.shape[0])
 
-    def split(self, n_parts: int, by_sender: bool = False) -> list[int]:
-        """Bounds of ``n_parts`` consecutive ranges of nodes with about equally many edges."""
+    def split(self, n_parts: int) -> list[int]:
+        """Bounds of ``n_parts`` consecutive ranges of receivers with about equally many edges."""
         if n_parts == 1:
-            return [0, self.n_senders if by_sender else self.n_receivers]
-        bounds = self._splits.get((n_parts, by_sender))
-        if bounds is None:
-            ptr = self.sender_ptr if by_sender else self.receiver_ptr
-            targets = torch.linspace(0, self.n_edges, n_parts + 1, dtype=torch.float64)[1:-1].round().to(torch.int64)
-            inner = torch.searchsorted(ptr.cpu(), targets).tolist()
-            bounds = [0, *inner, ptr.shape[0] - 1]
-            self._splits[n_parts, by_sender] = bounds
-        return bounds
+            return [0, self.n_receivers]
+        if n_parts not in self._splits:
+            self._splits[n_parts] = [0, *_fair_bounds(self.receiver_ptr, n_parts), self.n_receivers]
+        return self._splits[n_parts]
+
+    def sender_groups(self, n_parts: int) -> tuple[Tensor, list[int]]:
+        """``n_parts`` groups of edges, by ranges of senders, each sorted by receiver: their order (E,) and bounds."""
+        if n_parts == 1:
+            return self.receiver_order, [0, self.n_edges]
+        if n_parts not in self._groups:
+            ptr = torch.zeros(self.n_senders + 1, dtype=torch.int64, device="cpu")
+            torch.cumsum(torch.bincount(self.senders, minlength=self.n_senders), 0, out=ptr[1:])
+            inner = _fair_bounds(ptr, n_parts)
+            group = torch.bucketize(self.senders[self.receiver_order], torch.tensor(inner, device="cpu"), right=True)
+            order = self.receiver_order[torch.argsort(group, stable=True)]
+            self._groups[n_parts] = order, ptr[[0, *inner, self.n_senders]].tolist()
+        return self._groups[n_parts]
+
+
+def _fair_bounds(ptr: Tensor, n_parts: int) -> list[int]:
+    """Where to cut a range of nodes, whose edges begin at ``ptr``, into parts with about equally many edges."""
+    targets = torch.linspace(0, int(ptr[-1]), n_parts + 1, dtype=torch.float64)[1:-1].round().to(torch.int64)
+    return torch.searchsorted(ptr.cpu(), targets).tolist()
 
 
 def make_topology(senders: Tensor, receivers: Tensor, n_receivers: int, n_senders: int | None = None) -> Topology:

@@ -1,10 +1,11 @@
-"""The exponential of compiled kernels."""
+"""What compiled kernels call beyond numba: the exponential, wide vectors, prefetching."""
 
+import llvmlite.binding
 import numpy as np
 import pytest
-from numba import njit
+from numba import carray, cfunc, njit, types
 
-from equimd.kernels.intrinsics import exp
+from equimd.kernels.intrinsics import exp, prefetch, use_widest_vectors
 
 
 @njit
@@ -33,3 +34,29 @@ def test_what_is_not_a_number_stays_so():
     assert np.isnan(out[0])
     assert out[1] == out[3] > 1e37
     assert 0 < out[2] == out[4] < 1e-37
+
+
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no vectors of 512 bits here")
+def test_widest_vectors_are_used_within_a_c_function():
+    signature = types.void(types.CPointer(types.float32), types.int64)
+
+    @cfunc(signature)
+    def double(pointer, size):
+        use_widest_vectors()
+        x = carray(pointer, 1 << 40)
+        for k in range(size):
+            x[k] = x[k] * np.float32(2)
+
+    assert "zmm" in double._library.get_asm_str()
+
+
+def test_prefetch_changes_nothing_wherever_it_points():
+    @cfunc(types.void(types.CPointer(types.float64), types.int64))
+    def touch(pointer, index):
+        prefetch(pointer, index)
+
+    x = np.arange(3.0)
+    touch.ctypes(x.ctypes.data_as(touch.ctypes.argtypes[0]), 1)
+    touch.ctypes(x.ctypes.data_as(touch.ctypes.argtypes[0]), 1 << 40)
+    touch.ctypes(None, 0)
+    assert x.tolist() == [0.0, 1.0, 2.0]

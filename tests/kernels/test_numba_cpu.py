@@ -37,7 +37,21 @@ def test_split_shares_edges():
         int(topology.receiver_ptr[b] - topology.receiver_ptr[a]) for a, b in zip(bounds, bounds[1:], strict=False)
     ]
     assert max(shares) <= 15 + 9  # a third of 45 edges, and one node more
-    assert topology.split(3, by_sender=True)[-1] == 10
+
+
+def test_groups_of_senders_share_edges_and_keep_the_order_of_receivers():
+    generator = torch.Generator().manual_seed(0)
+    senders, receivers = (torch.randint(0, 10, (45,), generator=generator) for _ in range(2))
+    topology = make_topology(senders, receivers, 10)
+    order, bounds = topology.sender_groups(3)
+    assert sorted(order.tolist()) == list(range(45))
+    assert (bounds[0], bounds[-1]) == (0, 45)
+    groups = [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    owned = [set(senders[group].tolist()) for group in groups]
+    assert sum(map(len, owned)) == len(set().union(*owned))
+    for group in groups:
+        assert len(group) <= 15 + int(torch.bincount(senders).max())
+        assert bool((receivers[group].diff() >= 0).all())
 
 
 def test_nan_is_kept():

@@ -1,0 +1,22 @@
+"""Tables of benchmarks/README.md, each between two markers that bear its name."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from equimd.results import write_text_atomically
+
+README = Path(__file__).with_name("README.md")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of text."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def write_table(name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = README.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    write_text_atomically(README, f"{before}{begin}\n{text}\n{end}{after}")
