@@ -1,8 +1,4 @@
-"""Rows of a table, weighted and summed: how radial weights are read from their table while it is being trained.
-
-Ψ(b, T, g) = Σ_e Σ_q b[e, q] · T[first[e] + q] · g[e] is linear in each of its arguments. Its three partial derivatives
-are the operations here, and the backward of each is made of the other two, so derivatives of any order are of these.
-"""
+"""Rows of a table, weighted and summed: how radial weights are read from their table while it is being trained."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from equimd.kernels.codegen import OPTIONS
 from equimd.kernels.compiled import compile_kernel
@@ -57,7 +54,7 @@ def make_intervals(interval: Tensor, n_intervals: int, step: int, n_taken: int) 
 
 
 def interpolate(weights: Tensor, table: Tensor, intervals: Intervals) -> Tensor:
-    """``out[e] = Σ_q weights[e, q] · table[interval[e]·step + q]``, (E, M), on the CPU; differentiable to any order.
+    """``out[e] = Σ_q weights[e, q] · table[interval[e]·step + q]``, (E, M), on the CPU; differentiable once, by table.
 
     weights (E, n_taken), table (rows, M), float32 or float64 both. Raises ValueError for shapes or dtypes that differ.
     """
@@ -68,90 +65,36 @@ def interpolate(weights: Tensor, table: Tensor, intervals: Intervals) -> Tensor:
         )
     if weights.dtype != table.dtype or weights.dtype not in _DTYPES:
         raise ValueError(f"weights and table must be float32 or float64, got {weights.dtype} and {table.dtype}")
-    return _Values.apply(weights, table, intervals)  # pyright: ignore[reportReturnType]
+    return _Interpolate.apply(weights, table, intervals)  # pyright: ignore[reportReturnType]
 
 
-class _Values(torch.autograd.Function):
-    """∂Ψ/∂g: (b, T) → (E, M)."""
-
+class _Interpolate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, b: Tensor, t: Tensor, intervals: Intervals) -> Tensor:
-        b, t = b.contiguous(), t.contiguous()
-        ctx.save_for_backward(b, t)
+    def forward(ctx: Any, weights: Tensor, table: Tensor, intervals: Intervals) -> Tensor:
+        weights, table = weights.contiguous(), table.contiguous()
+        ctx.save_for_backward(weights)
         ctx.intervals = intervals
-        return _run("values", b, t, None, intervals, t.shape[1])
+        return _run("values", weights, table, None, intervals, table.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        b, t = ctx.saved_tensors
-        need_b, need_t, _ = ctx.needs_input_grad
-        return (
-            _Weights.apply(t, g, ctx.intervals) if need_b else None,
-            _Table.apply(b, g, ctx.intervals) if need_t else None,
-            None,
-        )
-
-
-class _Weights(torch.autograd.Function):
-    """∂Ψ/∂b: (T, g) → (E, n_taken)."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, g: Tensor, intervals: Intervals) -> Tensor:
-        t, g = t.contiguous(), g.contiguous()
-        ctx.save_for_backward(t, g)
-        ctx.intervals = intervals
-        return _run("weights", None, t, g, intervals, t.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, hb: Tensor) -> tuple[Tensor | None, ...]:
-        t, g = ctx.saved_tensors
-        need_t, need_g, _ = ctx.needs_input_grad
-        return (
-            _Table.apply(hb, g, ctx.intervals) if need_t else None,
-            _Values.apply(hb, t, ctx.intervals) if need_g else None,
-            None,
-        )
-
-
-class _Table(torch.autograd.Function):
-    """∂Ψ/∂T: (b, g) → (rows, M)."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, g: Tensor, intervals: Intervals) -> Tensor:
-        b, g = b.contiguous(), g.contiguous()
-        ctx.save_for_backward(b, g)
-        ctx.intervals = intervals
-        parts = _run("table", b, None, g, intervals, g.shape[1])  # (K, n_taken, M): intervals share rows
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        (weights,), intervals, g = ctx.saved_tensors, ctx.intervals, g.contiguous()
+        parts = _run("table", weights, None, g, intervals, g.shape[1])  # (K, n_taken, M): intervals share rows
         table = g.new_zeros(intervals.n_rows, g.shape[1])
         k, step = intervals.n_intervals, intervals.step
         for start in range(0, intervals.n_taken, step):
             rows = parts[:, start : start + step].reshape(-1, g.shape[1])
             table[start : start + k * step] += rows
-        return table
-
-    @staticmethod
-    def backward(ctx: Any, ht: Tensor) -> tuple[Tensor | None, ...]:
-        b, g = ctx.saved_tensors
-        need_b, need_g, _ = ctx.needs_input_grad
-        return (
-            _Weights.apply(ht, g, ctx.intervals) if need_b else None,
-            _Values.apply(b, ht, ctx.intervals) if need_g else None,
-            None,
-        )
+        return None, table, None
 
 
-def _run(kind: str, b: Tensor | None, t: Tensor | None, g: Tensor | None, intervals: Intervals, width: int) -> Tensor:
-    given = next(tensor for tensor in (b, t, g) if tensor is not None)
-    n_edges, n_taken = len(intervals.interval), intervals.n_taken
-    shape = {
-        "values": (n_edges, width),
-        "weights": (n_edges, n_taken),
-        "table": (intervals.n_intervals, n_taken, width),
-    }
-    out = given.new_empty(shape[kind])
+def _run(kind: str, b: Tensor, t: Tensor | None, g: Tensor | None, intervals: Intervals, width: int) -> Tensor:
+    n_edges, n_taken = b.shape
+    out = b.new_empty((n_edges, width) if kind == "values" else (intervals.n_intervals, n_taken, width))
     if out.numel() == 0 or n_edges == 0 or width == 0:
         return out.zero_()
-    kernel = _kernel(kind, width, intervals.step, n_taken, _DTYPES[given.dtype])
+    kernel = _kernel(kind, width, intervals.step, n_taken, _DTYPES[b.dtype])
     tensors = (b, t, g, out, intervals.interval, intervals.order, intervals.ptr)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     parts = max(1, min(torch.get_num_threads(), n_edges * width * n_taken // WORK_PER_THREAD))
@@ -173,16 +116,6 @@ def _kernel(kind: str, width: int, step: int, n_taken: int, dtype: str) -> Calla
             f"    for c in range({width}):",
             "        to[c] = " + " + ".join(f"b{q} * r{q}[c]" for q in taken),
         ]
-    elif kind == "weights":
-        body = [
-            "for e in range(low, high):",
-            *(f"    {row}" for row in rows),
-            *(f"    s{q} = ZERO" for q in taken),
-            "    own = g[e]",
-            f"    for c in range({width}):",
-            *(f"        s{q} += own[c] * r{q}[c]" for q in taken),
-            *(f"    out[e, {q}] = s{q}" for q in taken),
-        ]
     else:
         body = [
             "for k in range(low, high):",
@@ -196,7 +129,7 @@ def _kernel(kind: str, width: int, step: int, n_taken: int, dtype: str) -> Calla
             "            v = own[c]",
             *(f"            o{q}[c] += b{q} * v" for q in taken),
         ]
-    shapes = {"b": n_taken, "t": width, "g": width, "out": n_taken if kind == "weights" else width}
+    shapes = {"b": n_taken, "t": width, "g": width, "out": width}
     lines = [
         '"""Made by equimd.kernels.interpolation; safe to delete."""\n',
         "import numpy as np",
