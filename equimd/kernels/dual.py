@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from equimd.kernels import dual_codegen
 from equimd.kernels.compiled import compile_kernel
 from equimd.kernels.plan import ConvolutionPlan
-from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
+from equimd.kernels.threads import WORK_PER_THREAD, get_num_threads, run_ranges
 from equimd.kernels.topology import Topology
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -73,7 +73,7 @@ def _run(name: str, arrays: dict[str, Tensor], plan: ConvolutionPlan, topology: 
         arrays[result].zero_()
         return
     kernel, names = _kernel(name, plan, n_channels, _DTYPES[arrays["x"].dtype])
-    n_threads = min(torch.get_num_threads(), 3 * topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
+    n_threads = min(get_num_threads(), 3 * topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
     if name == "grad_x":  # each thread has senders of its own to write to
         arrays[result].zero_()
         order, bounds = topology.sender_groups(max(1, n_threads))

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from equimd.kernels.codegen import OPTIONS
 from equimd.kernels.compiled import compile_kernel
-from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
+from equimd.kernels.threads import WORK_PER_THREAD, get_num_threads, run_ranges
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -97,7 +97,7 @@ def _run(kind: str, b: Tensor, t: Tensor | None, g: Tensor | None, intervals: In
     kernel = _kernel(kind, width, intervals.step, n_taken, _DTYPES[b.dtype])
     tensors = (b, t, g, out, intervals.interval, intervals.order, intervals.ptr)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    parts = max(1, min(torch.get_num_threads(), n_edges * width * n_taken // WORK_PER_THREAD))
+    parts = max(1, min(get_num_threads(), n_edges * width * n_taken // WORK_PER_THREAD))
     count = intervals.n_intervals if kind == "table" else n_edges
     run_ranges(kernel, pointers, [count * k // parts for k in range(parts + 1)])
     return out

@@ -20,7 +20,7 @@ from equimd.kernels.network_codegen import LayerShape
 from equimd.kernels.plan import ConvolutionPlan
 from equimd.kernels.radial_table import RadialTable
 from equimd.kernels.source import KernelSource
-from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
+from equimd.kernels.threads import WORK_PER_THREAD, get_num_threads, run_ranges
 from equimd.kernels.topology import Topology
 from equimd.kernels.workspace import Field, Workspace
 
@@ -214,7 +214,7 @@ class FusedNetwork:
         workspace.fit(atom=n, edge=n_edges)
         tensors = inputs | results._asdict()
         pointers = workspace.pointers | {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        n_threads = torch.get_num_threads()
+        n_threads = get_num_threads()
         for step in self._steps:
             arguments = [pointers[name] for name in step.arguments]
             parts = max(1, min(n_threads, n_edges * step.work // WORK_PER_THREAD)) if step.is_parallel else 1

@@ -6,7 +6,7 @@ from torch import Tensor
 from equimd.kernels.closure import Convolve
 from equimd.kernels.compiled import get_kernel
 from equimd.kernels.plan import ConvolutionPlan
-from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
+from equimd.kernels.threads import WORK_PER_THREAD, get_num_threads, run_ranges
 from equimd.kernels.topology import Topology
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -16,7 +16,7 @@ def convolve_numba(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan,
     """``out[n, path] = Σ_{e into n} radial[e, path] · CG_path(x[sender], sh[e])``, (N, D_out, C).
 
     x (N, D_in, C); sh (E, (l_max_sh+1)²); radial (E, P, C). The result does not depend on the number of threads, which
-    is ``torch.get_num_threads()`` at most.
+    is ``get_num_threads()`` at most.
     """
     return Convolve.apply(x, sh, radial, plan, topology, _run)  # pyright: ignore[reportReturnType]
 
@@ -39,7 +39,7 @@ def _run(
         out2.zero_()
         return
     kernel = get_kernel(kind, plan, n_channels, _DTYPES[x.dtype])
-    n_threads = min(torch.get_num_threads(), topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
+    n_threads = min(get_num_threads(), topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
     if kind == "grad_x":  # each thread has senders of its own to write to
         out.zero_()
         order, bounds = topology.sender_groups(max(1, n_threads))

@@ -19,7 +19,7 @@ from equimd.kernels.compiled import compile_kernel
 from equimd.kernels.frozen import DTYPES, Evaluation, Geometry, check_inputs, make_evaluation
 from equimd.kernels.geometry_codegen import Screening
 from equimd.kernels.source import LANES, KernelSource
-from equimd.kernels.threads import WORK_PER_THREAD, run_ranges
+from equimd.kernels.threads import WORK_PER_THREAD, run_ranges, torch_on_one_thread
 from equimd.kernels.topology import Topology
 from equimd.kernels.workspace import Field, Workspace
 
@@ -153,9 +153,10 @@ class FusedTransformer:
                 "other": topology.senders,
                 "ptr": topology.receiver_ptr,
             }
-            run = _Run(self._kernels, workspace, topology, inputs | results._asdict(), seconds)
-            self._forward(run)
-            self._backward(run)
+            with torch_on_one_thread() as n_threads:
+                run = _Run(self._kernels, workspace, topology, inputs | results._asdict(), n_threads, seconds)
+                self._forward(run)
+                self._backward(run)
             self._spare.append(workspace)
         return results
 
@@ -311,11 +312,12 @@ class _Run:
         workspace: Workspace,
         topology: Topology,
         tensors: dict[str, Tensor],
+        n_threads: int,
         seconds: dict[str, float] | None,
     ) -> None:
         self._kernels, self._workspace, self._topology, self._seconds = kernels, workspace, topology, seconds
         self._held = tensors  # as long as their addresses are used
-        self._n_threads = torch.get_num_threads()
+        self._n_threads = n_threads
         self._n_tokens = 0
         workspace.fit(atom=topology.n_receivers, edge=topology.n_edges)
         self._pointers = workspace.pointers | {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -339,23 +341,25 @@ class _Run:
         start = time.perf_counter()
         kernel = self._kernels[name]
         arguments = [self._pointers[names.get(argument, argument)] for argument in kernel.arguments]
-        is_of_tokens = kernel.axis == "token"
-        work = (self._n_tokens if is_of_tokens else self._topology.n_edges) * kernel.work
-        parts = max(1, min(self._n_threads, work // WORK_PER_THREAD))
-        if is_of_tokens:
-            bounds = [self._n_tokens * k // parts for k in range(parts + 1)]
+        if kernel.axis == "token":
+            bounds = self._bounds(self._n_tokens, kernel.work)
         else:
-            bounds = self._topology.split(parts)
+            bounds = self._topology.split(self._n_parts(self._topology.n_edges * kernel.work))
         run_ranges(kernel.run, arguments, bounds)
         self._add_time(title, start)
 
     def linear(self, source: str, weight: Tensor, target: str, title: str, add: str = "") -> None:
         """target = source @ weight, or that added to another array."""
         start = time.perf_counter()
-        if add:
-            torch.addmm(self._rows(add), self._rows(source), weight, out=self._rows(target))
-        else:
-            torch.mm(self._rows(source), weight, out=self._rows(target))
+        x, out, more = self._rows(source), self._rows(target), self._rows(add) if add else None
+
+        def multiply(low: int, high: int) -> None:
+            if more is None:
+                torch.mm(x[low:high], weight, out=out[low:high])
+            else:
+                torch.addmm(more[low:high], x[low:high], weight, out=out[low:high])
+
+        run_ranges(multiply, (), self._bounds(len(x), weight.numel()))
         self._add_time(title, start)
 
     def take_atoms(self, source: str, target: str, title: str) -> None:
@@ -369,6 +373,13 @@ class _Run:
         start = time.perf_counter()
         self._rows(target).index_add_(0, self._held["first"][:-1], self._rows(source))
         self._add_time(title, start)
+
+    def _n_parts(self, work: int) -> int:
+        return max(1, min(self._n_threads, work // WORK_PER_THREAD))
+
+    def _bounds(self, n_rows: int, work_per_row: int) -> list[int]:
+        parts = self._n_parts(n_rows * work_per_row)
+        return [n_rows * k // parts for k in range(parts + 1)]
 
     def _rows(self, name: str) -> Tensor:
         return self._workspace.rows(name)

@@ -10,6 +10,7 @@ rates of change side by side, which autograd differentiates once. Radial functio
 the radial networks are evaluated with their first two derivatives: distances enter through polynomials only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from equimd.kernels.harmonics import spherical_harmonics
 from equimd.kernels.interpolation import Intervals, interpolate
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
 from equimd.kernels.radial_table import Knots
+from equimd.kernels.threads import torch_on_one_thread
 from equimd.models.potential import FrozenOutput, geometry_of, topology_of
 from equimd.models.radial import safe_norm
 
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 N_INTERVALS = 128
 """Of the radial functions, between no distance and the cutoff."""
+
+
+MOST_ATOMS_ON_ONE_THREAD = 1000
+"""Of a batch: with two threads, 192 atoms gain a quarter by it, 1,536 lose a tenth."""
 
 
 class Trainer:
@@ -93,12 +99,17 @@ class Trainer:
         return harmonics, shares.flatten(0, 1), self.knots.intervals(interval.repeat_interleave(2))
 
 
+def _threads_of_torch(graph: AtomGraph) -> AbstractContextManager[Any]:
+    """On one thread where atoms are few: between kernels, operations are too short to share."""
+    return torch_on_one_thread() if graph.n_atoms <= MOST_ATOMS_ON_ONE_THREAD else nullcontext()
+
+
 class _Predict(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, trainer: Trainer, graph: AtomGraph, parameters: list[Tensor], *_: Tensor
     ) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        with _threads_of_torch(graph), torch.enable_grad():
             jets = [layer.radial.jet(trainer.jet) for layer in trainer.potential.interactions]
         ctx.held = trainer, graph, parameters, jets
         ctx.set_materialize_grads(True)
@@ -115,7 +126,7 @@ class _Predict(torch.autograd.Function):
         moved = virial[graph.batch[i]]
         along = forces[i] - forces[j] + torch.einsum("ea,eab->eb", edge_vectors(graph, torch.float64), moved)
         scale = potential.scale[potential.species_of(graph)]
-        with torch.enable_grad():
+        with _threads_of_torch(graph), torch.enable_grad():
             outputs, rates = trainer.outputs_and_rates(graph, along, jets).unbind(1)
             gradients = torch.autograd.grad(
                 (outputs * output.to(outputs)).sum() + (rates * scale).sum(), parameters, allow_unused=True

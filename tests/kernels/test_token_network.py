@@ -88,12 +88,13 @@ def test_batch_is_its_parts_and_sizes_may_change():
         torch.testing.assert_close(together.stress[k : k + 1], alone.stress, rtol=0, atol=1e-10)
 
 
-def test_threads_do_not_matter(monkeypatch):
+def test_threads_do_not_matter(set_threads, monkeypatch):
     potential, graph = make_potential(), make_graph(27, length=7.0)
     alone = potential(graph, stress=True)
     monkeypatch.setattr(token_network, "WORK_PER_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    set_threads(3)
     assert largest_difference(potential(graph, stress=True), alone) < EXACT
+    assert torch.get_num_threads() == 3
 
 
 def test_new_weights_are_noticed():
