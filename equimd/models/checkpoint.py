@@ -107,9 +107,9 @@ def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[s
             header = json.loads(metadata["header"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        # Only now: the length that a sound file begins with may look like any of these.
+        # The length that a file begins with may look like any of these; after it, a safetensors file goes on as JSON.
         for magic, what in _FOREIGN.items():
-            if start.startswith(magic):
+            if start.startswith(magic) and start[4:] != b"\0\0\0\0{":
                 raise InputError(f"{path} is {what}; accepted is a safetensors file written by equimd") from error
         raise InputError(f"{path} is truncated or no safetensors file ({error})") from error
     except json.JSONDecodeError as error:

@@ -71,6 +71,9 @@ def test_a_header_of_any_length_loads(tmp_path, potential):
         save_checkpoint(file, potential, {"padding": padding * "x"})
         first_bytes.add(file.read_bytes()[0])
         load_checkpoint(file)
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(InputError, match="truncated"):
+            load_checkpoint(file)
     assert 0x80 in first_bytes  # the first byte of a pickle
 
 
