@@ -79,10 +79,13 @@ ROWS: dict[str, dict[str, Any]] = {
 class Worker:
     """A model in another process, that is asked for a few calls at a time."""
 
-    def __init__(self, python: Path, script: str) -> None:
+    def __init__(self, python: Path, script: str, packages: Path | None = None) -> None:
+        """``packages``: a folder as ``pip install --target`` makes, whose contents come before all others."""
         variables = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH"}
         environment = {k: v for k, v in os.environ.items() if k not in variables or python == Path(sys.executable)}
         environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # for mace
+        if packages is not None:
+            environment["PYTHONPATH"] = os.pathsep.join([str(packages), environment.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [python, WORKERS / script],
             stdin=subprocess.PIPE,
@@ -142,33 +145,46 @@ def measure(work: Path, row: dict[str, Any], threads: int) -> dict[str, Any]:
     """Medians in ms of every contestant of one row, in turns."""
     task = {key: row[key] for key in ("work", "model", "batch") if key in row}
     task |= {"structure": str(structure(work, row["atoms"])), "threads": threads}
-    workers, results = {"equimd": (Worker(Path(sys.executable), "run_ours.py"), task)}, {}
+    workers = {"equimd": (Worker(Path(sys.executable), "run_ours.py"), task)}
     for name, extra in row["peers"].items():
         peer = name.split(",")[0]
         own = peer == "equimd"
         python, script = (Path(sys.executable), "ours") if own else (environment(work, peer), peer)
         workers[name] = (Worker(python, f"run_{script}.py"), task | extra)
     try:
-        counts: dict[str, int] = {}
-        for name, (worker, its_task) in workers.items():
-            results[name] = worker.ask({"setup": its_task})
-            if "error" not in results[name]:
-                warm = worker.ask({"run": 3})
-                if "error" in warm:
-                    results[name] = warm
-                    continue
-                share = SECONDS_PER_WORKER / ROUNDS / max(warm["seconds"][-1], 1e-4)
-                counts[name] = int(np.clip(share, 1, 200))
-        samples: dict[str, list[float]] = {name: [] for name in counts}
-        for _ in range(ROUNDS):
-            for name, count in counts.items():
-                samples[name].append(float(np.median(workers[name][0].ask({"run": count})["seconds"])))
-        for name, seconds in samples.items():
-            low, middle, high = np.percentile(seconds, [0, 50, 100])
-            results[name] |= {"ms": 1e3 * middle, "spread": (high - low) / middle}
+        return take_turns(workers)
     finally:
         for worker, _ in workers.values():
             worker.stop()
+
+
+def take_turns(
+    workers: dict[str, tuple[Worker, dict[str, Any]]], seconds: float = SECONDS_PER_WORKER
+) -> dict[str, dict[str, Any]]:
+    """What each worker says of its task, and the median in ms over rounds that take ``seconds`` for each in all."""
+    results: dict[str, dict[str, Any]] = {}
+    counts: dict[str, int] = {}
+    for name, (worker, task) in workers.items():
+        results[name] = worker.ask({"setup": task})
+        if "error" not in results[name]:
+            warm = worker.ask({"run": 3})
+            if "error" in warm:
+                results[name] = warm
+                continue
+            share = seconds / ROUNDS / max(warm["seconds"][-1], 1e-4)
+            counts[name] = int(np.clip(share, 1, 200))
+    samples: dict[str, list[float]] = {name: [] for name in counts}
+    for _ in range(ROUNDS):
+        for name in list(samples):
+            answer = workers[name][0].ask({"run": counts[name]})
+            if "error" in answer:
+                results[name] = answer
+                del samples[name]
+            else:
+                samples[name].append(float(np.median(answer["seconds"])))
+    for name, measured in samples.items():
+        low, middle, high = np.percentile(measured, [0, 50, 100]).tolist()
+        results[name] |= {"ms": 1e3 * middle, "spread": (high - low) / middle}
     own = results["equimd"].get("ms")
     for result in results.values():
         if own and "ms" in result:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from worker import serve, structure
+from worker import device_of, serve, structure, versions
 
 
 def setup(task):
@@ -35,15 +35,16 @@ def setup(task):
         atomic_inter_scale=1.0,
         atomic_inter_shift=0.0,
         radial_MLP=[64, 64, 64],
-    )
+    ).to(device_of(task))
     numbers, positions, length = structure(task)
     atoms = Atoms(numbers, positions, cell=[length or 100.0] * 3, pbc=length is not None)
     config = data.config_from_atoms(atoms, key_specification=data.KeySpecification())
     frame = data.AtomicData.from_config(config, z_table=table, cutoff=m["cutoff"])
-    batch = next(iter(torch_geometric.dataloader.DataLoader([frame], batch_size=1))).to_dict()
+    batch = next(iter(torch_geometric.dataloader.DataLoader([frame], batch_size=1))).to(device_of(task)).to_dict()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "edges": int(batch["edge_index"].shape[1])}
+    facts["versions"] = versions("mace-torch", "e3nn", "torch")
     return lambda: model(dict(batch), compute_force=True, compute_stress=length is not None), facts
 
 

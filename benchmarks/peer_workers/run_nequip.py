@@ -4,7 +4,7 @@ import tempfile
 
 import numpy as np
 import torch
-from worker import serve, structure
+from worker import device_of, serve, structure, versions
 
 
 def setup(task):
@@ -13,8 +13,9 @@ def setup(task):
 
     set_global_state()
     torch.set_num_threads(task["threads"])
-    model = _model(task)
+    model = _model(task).to(device_of(task))
     facts = {"parameters": sum(p.numel() for p in model.parameters())}
+    facts["versions"] = versions("nequip", "e3nn", "torch")
     numbers, positions, length = structure(task)
     if task["work"] == "ase":
         return _ase_call(model, task, numbers, positions, length), facts
@@ -26,7 +27,7 @@ def setup(task):
         parameter.requires_grad_(False)
     facts["edges"] = int(frame["edge_index"].shape[1])
     if task.get("mode") == "aot":
-        model, frame = _compile_ahead(model, frame)
+        model, frame = _compile_ahead(model, frame, device_of(task))
     return lambda: model(dict(frame)), facts
 
 
@@ -52,7 +53,7 @@ def _model(task):
     )
 
 
-def _compile_ahead(model, frame):
+def _compile_ahead(model, frame, device):
     """What ``nequip-compile --mode aotinductor --target ase`` makes, and the inputs that it takes."""
     from nequip.nn.compile import DictInputOutputWrapper
     from nequip.scripts._compile_utils import ASE_TARGET
@@ -68,13 +69,13 @@ def _compile_ahead(model, frame):
     with tempfile.NamedTemporaryFile(suffix=".nequip.pt2", delete=False) as file:
         path = file.name
     fields = (ASE_TARGET["input"], ASE_TARGET["output"])
-    aot_export_model(model, "cpu", *fields, frame, ASE_TARGET["batch_map_settings"](sizes), path)
+    aot_export_model(model, device.type, *fields, frame, ASE_TARGET["batch_map_settings"](sizes), path)
     compiled = DictInputOutputWrapper(torch._inductor.aoti_load_package(path), *fields)
     return compiled, {key: frame[key] for key in fields[0]}
 
 
 def _frame(task, numbers, positions, length):
-    from nequip.data import compute_neighborlist_, from_dict
+    from nequip.data import AtomicDataDict, compute_neighborlist_, from_dict
 
     frame = from_dict(
         {
@@ -85,7 +86,7 @@ def _frame(task, numbers, positions, length):
         }
     )
     compute_neighborlist_(frame, r_max=task["model"]["cutoff"])
-    return frame
+    return AtomicDataDict.to_(frame, device_of(task))
 
 
 def _training_step(model, task, frame, n_atoms):
@@ -106,7 +107,7 @@ def _training_step(model, task, frame, n_atoms):
 
 def _ase_call(model, task, numbers, positions, length):
     from ase import Atoms
-    from nequip.data import compute_neighborlist_, from_ase
+    from nequip.data import AtomicDataDict, compute_neighborlist_, from_ase
     from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper
 
     model.eval()
@@ -120,7 +121,7 @@ def _ase_call(model, task, numbers, positions, length):
         atoms.positions = positions + next(moves)
         data = mapper(from_ase(atoms))
         compute_neighborlist_(data, r_max=task["model"]["cutoff"])
-        model(data)["forces"].numpy()
+        model(AtomicDataDict.to_(data, device_of(task)))["forces"].cpu().numpy()
 
     return call
 

@@ -2,25 +2,26 @@
 
 import numpy as np
 import torch
-from worker import serve, structure
+from worker import device_of, serve, structure
 
 
 def setup(task):
     """One call of the work named in ``task``."""
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    potential = _potential(task)
+    potential = _potential(task).to(device_of(task))
+    potential.kernel_backend = task.get("kernels", "auto")
     facts = {"parameters": sum(p.numel() for p in potential.parameters())}
     numbers, positions, length = structure(task)
     if task["work"] == "train":
         return _training_step(potential, task, numbers, positions), facts
     if task["work"] == "ase":
-        return _ase_call(potential, numbers, positions, length), facts
+        return _ase_call(potential, task, numbers, positions, length), facts
     from equimd.graph import graph_from_arrays
 
     potential.requires_grad_(False)
     cell, pbc = np.eye(3) * (length or 0.0), np.full(3, length is not None)
-    graph = graph_from_arrays(positions, numbers, cell, pbc, potential.cutoff)
+    graph = graph_from_arrays(positions, numbers, cell, pbc, potential.cutoff).to(device_of(task))
     facts["edges"] = graph.n_edges
     if "matmul_precision" in task:
         exact = potential(graph).forces
@@ -40,13 +41,13 @@ def _potential(task):
     return TransformerPotential(TransformerSettings(**settings), (1, 8), isolated)
 
 
-def _ase_call(potential, numbers, positions, length):
+def _ase_call(potential, task, numbers, positions, length):
     from ase import Atoms
 
     from equimd import EquimdCalculator
 
     atoms = Atoms(numbers, positions, cell=[length] * 3 if length else None, pbc=length is not None)
-    atoms.calc = EquimdCalculator(potential)
+    atoms.calc = EquimdCalculator(potential, device=str(device_of(task)))
     moves = iter(np.random.default_rng(0).normal(scale=0.003, size=(20_000, *positions.shape)))
 
     def call():
@@ -62,7 +63,7 @@ def _training_step(potential, task, numbers, positions):
 
     cell, pbc = np.zeros((3, 3)), np.zeros(3, dtype=bool)
     graphs = [graph_from_arrays(positions, numbers, cell, pbc, potential.cutoff) for _ in range(task["batch"])]
-    batch = batch_graphs(graphs)
+    batch = batch_graphs(graphs).to(device_of(task))
     optimizer = torch.optim.Adam(potential.parameters(), lr=1e-5)
 
     def call():

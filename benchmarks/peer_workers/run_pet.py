@@ -1,7 +1,7 @@
 """metatrain's PET, with its default hyper-parameters, as a worker of the peer benchmark."""
 
 import torch
-from worker import serve, structure
+from worker import device_of, serve, structure, versions
 
 
 def setup(task):
@@ -18,12 +18,12 @@ def setup(task):
     torch.set_num_threads(task["threads"])
     target = get_energy_target_info("energy", {"quantity": "energy", "unit": "eV"}, add_position_gradients=True)
     info = DatasetInfo(length_unit="angstrom", atomic_types=[1, 8], targets={"energy": target})
-    model = PET(init_with_defaults(ModelHypers), info).eval()
+    model = PET(init_with_defaults(ModelHypers), info).eval().to(device_of(task))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     numbers, positions, length = structure(task)
     atoms = Atoms(numbers, positions, cell=[length] * 3 if length else None, pbc=length is not None)
-    bare = systems_to_torch([atoms], dtype=torch.float32, positions_requires_grad=True)[0]
+    bare = systems_to_torch([atoms], dtype=torch.float32, device=device_of(task), positions_requires_grad=True)[0]
     system = get_system_with_neighbor_lists(bare, model.requested_neighbor_lists())
     output = {"energy": ModelOutput(quantity="energy", unit="eV", per_atom=False)}
 
@@ -31,7 +31,9 @@ def setup(task):
         energy = model([system], output)["energy"].block().values
         torch.autograd.grad(energy.sum(), system.positions)
 
-    return call, {"parameters": sum(p.numel() for p in model.parameters())}
+    facts = {"parameters": sum(p.numel() for p in model.parameters())}
+    facts["versions"] = versions("metatrain", "metatomic-torch", "torch")
+    return call, facts
 
 
 serve(setup)
