@@ -28,7 +28,8 @@ PEERS = {"nequip": ["nequip==0.19.1"], "mace": ["mace-torch==0.3.16"], "pet": ["
 SECONDS_PER_WORKER = 12.0
 ROUNDS = 8
 
-EQUIVARIANT = {"family": "equivariant", "cutoff": 5.0, "n_layers": 3, "l_max": 2, "n_channels": 32}
+# The peers have no nuclear repulsion by default.
+EQUIVARIANT = {"family": "equivariant", "cutoff": 5.0, "n_layers": 3, "l_max": 2, "n_channels": 32, "zbl": False}
 # PET's default width, number of layers and, by a SwiGLU for atoms' tokens, number of parameters.
 TRANSFORMER = {
     "family": "transformer",
@@ -39,6 +40,7 @@ TRANSFORMER = {
     "n_attention_layers": 2,
     "d_feedforward": 256,
     "d_atom_feedforward": 1450,
+    "zbl": False,
 }
 DENSE = {"avg_num_neighbors": 51.0}
 # What is compared: the structure, the work, our model, and the peers with what they are told besides.
