@@ -107,9 +107,11 @@ class Evaluator:
         self.evaluate(structure)
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        whole = _median_seconds(lambda: self.evaluate(structure, structure.has_stress), repeats)
-        parts = {"neighbours": _median_seconds(lambda: self._update(structure), repeats)}
-        torch.set_num_threads(n_threads)
+        try:
+            whole = _median_seconds(lambda: self.evaluate(structure, structure.has_stress), repeats)
+            parts = {"neighbours": _median_seconds(lambda: self._update(structure), repeats)}
+        finally:
+            torch.set_num_threads(n_threads)
         parts |= self.potential.profile(self._update(structure), repeats)
         return parts | {"everything else": max(0.0, whole - sum(parts.values()))}
 

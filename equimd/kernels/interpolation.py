@@ -56,13 +56,16 @@ def make_intervals(interval: Tensor, n_intervals: int, step: int, n_taken: int) 
 def interpolate(weights: Tensor, table: Tensor, intervals: Intervals) -> Tensor:
     """``out[e] = Σ_q weights[e, q] · table[interval[e]·step + q]``, (E, M), on the CPU; differentiable once, by table.
 
-    weights (E, n_taken), table (rows, M), float32 or float64 both. Raises ValueError for shapes or dtypes that differ.
+    weights (E, n_taken), table (rows, M), float32 or float64 both. Raises ValueError for shapes, dtypes or devices that
+    do not fit.
     """
     if weights.shape != (len(intervals.interval), intervals.n_taken) or table.shape[:-1] != (intervals.n_rows,):
         raise ValueError(
             f"weights and table must be ({len(intervals.interval)}, {intervals.n_taken}) and ({intervals.n_rows}, M), "
             f"got {tuple(weights.shape)} and {tuple(table.shape)}"
         )
+    if weights.device.type != "cpu" or table.device.type != "cpu":
+        raise ValueError(f"weights and table must be on the CPU, got {weights.device} and {table.device}")
     if weights.dtype != table.dtype or weights.dtype not in _DTYPES:
         raise ValueError(f"weights and table must be float32 or float64, got {weights.dtype} and {table.dtype}")
     return _Interpolate.apply(weights, table, intervals)  # pyright: ignore[reportReturnType]

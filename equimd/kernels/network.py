@@ -133,7 +133,7 @@ class FusedNetwork:
         self._spare: list[Workspace] = []
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(DTYPES[self.dtype]).contiguous()
+        return tensor.detach().to(DTYPES[self.dtype]).clone(memory_format=torch.contiguous_format)
 
     def _weights(self, network: Network) -> dict[str, Tensor]:
         """Weights as flat arrays; their order is the kernels'."""

@@ -125,8 +125,8 @@ def _hermite(network: Callable[[Tensor], Tensor], knots: Knots) -> RadialTable:
 
 def _derivatives(basis: Callable[[Tensor], Tensor], r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values, slopes and curvatures (E, n) of functions (E,) → (E, n)."""
-    with torch.enable_grad():
-        r = r.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        r = r.clone().requires_grad_()
         value = basis(r)
         slopes, curvatures = [], []
         for column in value.unbind(1):

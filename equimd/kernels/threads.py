@@ -10,7 +10,7 @@ import torch
 
 # Multiply-adds below which another thread costs more (about 50 µs to wake it) than it saves.
 WORK_PER_THREAD = 3_000_000
-_lock, _inside, _threads_before = threading.Lock(), 0, 1
+_local = threading.local()  # OpenMP counts threads for each thread that asks
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, pool)
 
 
@@ -26,39 +26,47 @@ def run_ranges(kernel: Callable[..., None], arguments: Sequence[int], bounds: Se
             futures.append(pool.submit(kernel, *arguments, low, high))
         kernel(*arguments, bounds[0], bounds[1])
     finally:  # the memory must outlive every thread that writes to it, whatever interrupts this one
-        while futures:
-            with contextlib.suppress(KeyboardInterrupt):
-                wait(futures)
-                break
+        interrupted = _wait_for_all(futures)
+    if interrupted is not None:
+        raise interrupted
     for future in futures:
         future.result()
 
 
+def _wait_for_all(futures: list[Future[None]]) -> KeyboardInterrupt | None:
+    """Wait, and say whether the user asked to stop meanwhile."""
+    interrupted = None
+    while True:
+        try:
+            wait(futures)
+            return interrupted
+        except KeyboardInterrupt as error:
+            interrupted = error
+
+
 def get_num_threads() -> int:
     """How many threads kernels may use: torch's number, or what it was outside ``torch_on_one_thread``."""
-    return _threads_before if _inside else torch.get_num_threads()
+    return getattr(_local, "before", None) or torch.get_num_threads()
 
 
 @contextlib.contextmanager
 def torch_on_one_thread() -> Iterator[int]:
     """Keep torch's operations on the thread that calls them, and yield how many threads there are to share the work.
 
-    Its own threads wait for more by spinning, on cores that kernels could use. The setting is the process's; it is set
-    back when the last of those who are in here leaves.
+    Its own threads wait for more by spinning, on cores that kernels could use. The setting is of the calling thread,
+    which keeps it between nested uses; a thread that first asks torch for anything in the meantime begins with one.
     """
-    global _inside, _threads_before
-    with _lock:
-        if _inside == 0:
-            _threads_before = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _inside += 1
+    before = get_num_threads()
+    outermost = not hasattr(_local, "before")
+    if outermost:
+        _local.before = before
+        torch.set_num_threads(1)
     try:
-        yield _threads_before
+        yield before
     finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                torch.set_num_threads(_threads_before)
+        if outermost:
+            del _local.before
+            torch.set_num_threads(before)
 
 
 def _get_pool(n_workers: int) -> ThreadPoolExecutor:

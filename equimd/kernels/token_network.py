@@ -102,7 +102,7 @@ class FusedTransformer:
         self._spare: list[Workspace] = []
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(DTYPES[self.dtype]).contiguous()
+        return tensor.detach().to(DTYPES[self.dtype]).clone(memory_format=torch.contiguous_format)
 
     def _prepare(self, stage: Stage, n_heads: int) -> Stage:
         """Cast, with 1/√D in the queries' weights; heads and hidden channels filled up with zeros to whole vectors."""

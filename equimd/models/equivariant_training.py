@@ -10,6 +10,7 @@ rates of change side by side, which autograd differentiates once. Radial functio
 the radial networks are evaluated with their first two derivatives: distances enter through polynomials only.
 """
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,14 @@ MOST_ATOMS_ON_ONE_THREAD = 1000
 """Of a batch: with two threads, 192 atoms gain a quarter by it, 1,536 lose a tenth."""
 
 
+_DUAL = threading.Lock()  # torch has one level of dual numbers in a process
+
+
 class Trainer:
-    """What a potential keeps from step to step: the knots, and the compiled network whose weights are written anew."""
+    """What a potential keeps from step to step: the knots, and the compiled network whose weights are written anew.
+
+    One thread at a time may train a potential.
+    """
 
     def __init__(self, potential: "EquivariantPotential") -> None:
         self.potential = potential
@@ -87,11 +94,12 @@ class Trainer:
     def _geometry(self, vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Intervals]:
         """Values and rates of harmonics (E, 2, S), of shares in the knots (2E, 6), and the intervals of these."""
         potential = self.potential
-        with forward_ad.dual_level():
+        with _DUAL, forward_ad.dual_level():
             moving = forward_ad.make_dual(vectors, directions.to(vectors.dtype))
             distances = safe_norm(moving)
             harmonics = spherical_harmonics(moving / distances.unsqueeze(-1), potential.settings.l_max)
             shares, interval = self.knots.shares(distances)
+            shares = shares * (distances.detach() <= potential.cutoff).unsqueeze(1)  # beyond, nothing is known
             pairs = [forward_ad.unpack_dual(tensor) for tensor in (harmonics * potential.message_scale, shares)]
             harmonics, shares = (
                 torch.stack([p, torch.zeros_like(p) if t is None else t], dim=1).to(potential.dtype) for p, t in pairs
@@ -112,6 +120,7 @@ class _Predict(torch.autograd.Function):
         with _threads_of_torch(graph), torch.enable_grad():
             jets = [layer.radial.jet(trainer.jet) for layer in trainer.potential.interactions]
         ctx.held = trainer, graph, parameters, jets
+        ctx.versions = _versions(graph, parameters)
         ctx.set_materialize_grads(True)
         result = trainer.evaluate(graph, [jet.detach() for jet in jets])
         ctx.mark_non_differentiable(result.repulsion)
@@ -121,6 +130,8 @@ class _Predict(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output: Tensor, _: Tensor, forces: Tensor, virial: Tensor) -> tuple[Tensor | None, ...]:
         trainer, graph, parameters, jets = ctx.held
+        if ctx.versions != _versions(graph, parameters):
+            raise RuntimeError("weights or positions were changed between a prediction and its gradient")
         output, forces, virial = output.detach(), forces.detach(), virial.detach()  # factors, not functions
         potential, (i, j) = trainer.potential, graph.edge_index
         moved = virial[graph.batch[i]]
@@ -129,9 +140,19 @@ class _Predict(torch.autograd.Function):
         with _threads_of_torch(graph), torch.enable_grad():
             outputs, rates = trainer.outputs_and_rates(graph, along, jets).unbind(1)
             gradients = torch.autograd.grad(
-                (outputs * output.to(outputs)).sum() + (rates * scale).sum(), parameters, allow_unused=True
+                (outputs * output.to(outputs)).sum() + (rates * scale).sum(),
+                parameters,
+                retain_graph=True,  # another loss of the same prediction may come
+                allow_unused=True,
             )
         return None, None, None, *gradients
+
+
+def _versions(graph: AtomGraph, parameters: list[Tensor]) -> list[int]:
+    return [t._version for t in (graph.positions, graph.cell, *parameters)]
+
+
+# The gate, once more: ``InteractionLayer._gate`` is of numbers, this of dual numbers. The tests hold them together.
 
 
 def _silu(y: Tensor) -> Tensor:

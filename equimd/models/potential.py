@@ -135,7 +135,11 @@ class Potential(nn.Module, ABC):
 
     def species_of(self, graph: AtomGraph) -> Tensor:
         """Species index (N,) of every atom; unknown elements are refused where graphs are made."""
-        return self.species_index[graph.atomic_numbers]
+        kind = self.species_index[graph.atomic_numbers]
+        if kind.device.type == "cpu" and kind.numel() and int(kind.min()) < 0:  # kernels check no index
+            unknown = sorted(set(graph.atomic_numbers[kind < 0].tolist()))
+            raise InputError(f"atomic number {unknown[0]} is not among the species {list(self.species)}")
+        return kind
 
     def atomic_energies(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Atomic energies (N,) in eV relative to isolated atoms, from edge vectors (E, 3)."""
@@ -162,7 +166,7 @@ class Potential(nn.Module, ABC):
         if network is not None and has_reverse_edges(graph):
             frozen = self._evaluate_frozen(network, graph, kind)
             relative = frozen.output * self.scale[kind] + self.shift[kind] + frozen.repulsion
-            sigma = frozen.virial / _volume(graph)[:, None, None] if stress else None
+            sigma = _per_volume(frozen.virial, graph) if stress else None
             return Prediction(self._total(graph, relative), relative, frozen.forces, sigma)
         with torch.enable_grad():
             vectors = edge_vectors(graph, torch.float64)
@@ -189,14 +193,14 @@ class Potential(nn.Module, ABC):
     def predict_trainable(self, graph: AtomGraph, *, stress: bool = False) -> Prediction:
         """A prediction that can be differentiated once, with respect to the parameters, by the fastest way there is.
 
-        The reverse of every edge is in the graph.
+        Weights and positions must be the same when it is differentiated.
         """
-        trained = self._trainable(graph)
+        trained = self._trainable(graph) if has_reverse_edges(graph) else None
         if trained is None:
             return self(graph, stress=stress, create_graph=True)
         kind = self.species_of(graph)
         relative = trained.output * self.scale[kind] + self.shift[kind] + trained.repulsion
-        sigma = trained.virial / _volume(graph)[:, None, None] if stress else None
+        sigma = _per_volume(trained.virial, graph) if stress else None
         return Prediction(self._total(graph, relative), relative, trained.forces, sigma)
 
     def _trainable(self, graph: AtomGraph) -> FrozenOutput | None:
@@ -275,11 +279,13 @@ class Potential(nn.Module, ABC):
         if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
             return None  # tensors of inference mode do not count their changes
         state = (*key, *((id(t), t.data_ptr(), t._version) for t in tensors))
-        if self._fused is None or self._fused[0] != state:
+        held = self._fused  # another thread may set it
+        if held is None or held[0] != state:
             with _FUSING:
-                if self._fused is None or self._fused[0] != state:
-                    self._fused = (state, self._fuse())
-        return self._fused[1]
+                held = self._fused
+                if held is None or held[0] != state:
+                    held = self._fused = (state, self._fuse())
+        return held[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is neither copied nor pickled."""
@@ -346,10 +352,10 @@ def _stress(graph: AtomGraph, vectors: Tensor, gradient: Tensor) -> Tensor:
     outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)
     system = graph.batch[graph.edge_index[0]]
     virial = torch.zeros(graph.n_systems, 3, 3, dtype=outer.dtype, device=outer.device).index_add(0, system, outer)
-    return virial / _volume(graph).to(virial.dtype)[:, None, None]
+    return _per_volume(virial, graph)
 
 
-def _volume(graph: AtomGraph) -> Tensor:
-    """Volumes (S,) in Å³, float64; NaN without a cell."""
-    volume = graph.volume
-    return torch.where(volume > 0, volume, torch.full_like(volume, float("nan")))
+def _per_volume(virial: Tensor, graph: AtomGraph) -> Tensor:
+    """Stress (S, 3, 3); NaN without a cell, whose gradient is zero nevertheless."""
+    volume = graph.volume.to(virial.dtype)[:, None, None]
+    return torch.where(volume > 0, virial / torch.where(volume > 0, volume, 1.0), float("nan"))

@@ -89,10 +89,17 @@ def test_is_differentiable_once():
 def test_threads_do_not_matter(set_threads, monkeypatch):
     plan = make_layer_plan(2)
     x, sh, w, topology = problem(plan)
-    alone = convolve_dual(x, sh, w, plan, topology)
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+
+    def everything():
+        out = convolve_dual(x, sh, w, plan, topology)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    alone = everything()
     monkeypatch.setattr(dual, "WORK_PER_THREAD", 1)
     set_threads(3)
-    assert torch.equal(convolve_dual(x, sh, w, plan, topology), alone)
+    for shared, expected in zip(everything(), alone, strict=True):
+        assert relative(shared, expected) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["x", "sh", "radial"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from equimd import kernels
+from equimd.errors import InputError
 from equimd.graph import batch_graphs, graph_from_arrays, has_reverse_edges
 from equimd.kernels import compiled
 from equimd.kernels import network as fused_module
@@ -56,7 +57,9 @@ def largest_difference(fast, slow):
     pairs = [(fast.energies, slow.energies), (fast.forces, slow.forces)]
     if slow.stress is not None:
         pairs.append((fast.stress.nan_to_num(), slow.stress.nan_to_num()))
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs)
+    return float(
+        np.max([float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs])
+    )  # NaN if any is
 
 
 @pytest.mark.parametrize("l_max", [0, 1, 2, 3])
@@ -358,3 +361,20 @@ def test_profile_names_every_part():
 def test_profile_without_a_frozen_network_names_operations():
     seconds = make_potential().requires_grad_().profile(make_graph(), repeats=1)
     assert any("Convolve" in name for name in seconds)
+
+
+def test_the_first_use_may_be_in_inference_mode():
+    potential, graph = make_potential(), make_graph()
+    with torch.inference_mode():
+        first = potential(graph)
+    assert largest_difference(potential(graph), first) == 0.0
+
+
+@pytest.mark.parametrize("family", ["equivariant", "transformer"])
+def test_an_unknown_element_is_refused(family):
+    from tests.kernels.test_token_network import make_potential as make_transformer
+
+    potential, graph = (make_potential if family == "equivariant" else make_transformer)(), make_graph()
+    graph.atomic_numbers[3] = 26
+    with pytest.raises(InputError, match="atomic number 26 is not among the species"):
+        potential(graph)

@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from equimd import kernels
 from equimd.graph import batch_graphs
 from equimd.models import equivariant_training
-from tests.kernels.test_network import make_graph, make_potential
+from tests.kernels.test_network import CUTOFF, make_graph, make_potential
 
 # Radial functions are interpolated between 129 knots, which is good to some 1e-6 of their slopes.
 INTERPOLATED = 1e-5
@@ -35,7 +37,9 @@ def largest_difference(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] is None) == (b[name] is None), name
-    return max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in a if b[n] is not None)
+    known = [name for name in a if b[name] is not None]
+    scale = {name: b[name].abs().max().clamp(min=1e-12) for name in known}  # some weights reach nothing
+    return float(np.max([float((a[name] - b[name]).abs().max() / scale[name]) for name in known]))
 
 
 def trainable(dtype=torch.float64, **settings):
@@ -119,9 +123,64 @@ def test_frozen_parts_stay_as_they_are():
 def test_autograd_takes_over():
     potential, graph = trainable(rms_norm=True), make_graph()
     assert torch.equal(potential.predict_trainable(graph).forces, potential(graph, create_graph=True).forces)
+    potential = trainable()
+    assert potential._trainable(graph) is not None
     with kernels.using("reference"):
-        prediction = trainable().predict_trainable(graph)
-    assert torch.autograd.grad(prediction.forces.sum(), prediction.energies, allow_unused=True) == (None,)
+        assert potential._trainable(graph) is None
+
+
+def test_edges_beyond_the_cutoff_train_nothing():
+    potential, near, far = trainable(), make_graph(), make_graph(cutoff=CUTOFF + 1.0)
+    assert far.n_edges > near.n_edges
+    wanted = gradients(potential, potential(near, create_graph=True))
+    assert largest_difference(gradients(potential, potential.predict_trainable(far)), wanted) < INTERPOLATED
+
+
+def test_a_mixed_batch_without_cells_for_all():
+    potential = trainable()
+    batch = batch_graphs([make_graph(), make_graph(5, length=20.0, pbc=False, seed=2)])
+    batch.cell[1] = 0.0
+    for prediction in (
+        potential.predict_trainable(batch, stress=True),
+        potential(batch, stress=True, create_graph=True),
+    ):
+        assert torch.isnan(prediction.stress[1]).all()
+        potential.zero_grad()
+        prediction.stress[0].square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in potential.parameters() if p.grad is not None)
+
+
+def test_a_regulariser_of_the_weights_may_be_added():
+    potential, graph = trainable(), make_graph()
+    potential.predict_trainable(graph)
+    penalty = potential.embedding.square().sum()
+    (loss(potential.predict_trainable(graph)) + penalty).backward()
+
+
+def test_two_losses_of_one_prediction():
+    potential, graph = trainable(), make_graph()
+    prediction = potential.predict_trainable(graph)
+    parts = [prediction.energies.square().sum(), prediction.forces.square().sum()]
+    one, two = (torch.autograd.grad(part, potential.embedding, retain_graph=True)[0] for part in parts)
+    both = torch.autograd.grad(sum(parts), potential.embedding)[0]
+    torch.testing.assert_close(one + two, both)
+
+
+@pytest.mark.parametrize("what", ["weights", "positions"])
+def test_changes_before_the_gradient_are_refused(what):
+    potential, graph = trainable(), make_graph()
+    prediction = potential.predict_trainable(graph)
+    with torch.no_grad():
+        (potential.embedding if what == "weights" else graph.positions).mul_(1.1)
+    with pytest.raises(RuntimeError, match="changed between a prediction and its gradient"):
+        loss(prediction).backward()
+
+
+def test_two_threads_may_train_two_potentials():
+    graph, potentials = make_graph(), [trainable(), trainable()]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda p: [gradients(p, p.predict_trainable(graph)) for _ in range(5)], potentials))
+    assert all(largest_difference(g, results[0][0]) < 1e-12 for result in results for g in result)
 
 
 def test_cannot_be_differentiated_twice():

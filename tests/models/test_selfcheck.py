@@ -196,9 +196,9 @@ def test_wrong_gradients_fall_back(monkeypatch, broken):
         assert potential.kernel_backend == "auto"
         return
     monkeypatch.setattr(dual, "_run", wrong)
-    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "reference" is used instead'):
+    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
         selfcheck.check_training_kernels(potential)
-    assert potential.kernel_backend == "reference"
+    assert potential.kernel_backend == "numba"
 
 
 def test_compiler_that_fails_falls_back(monkeypatch):
