@@ -24,6 +24,8 @@ CONVOLUTION = {"float32": 1e-5, "float64": 1e-12}
 # Atomic energies, forces and stress of a network; layers add up, and atomic energies nearly cancel. In float64 the
 # bound is for radial tables as there are on a CPU; without, 1e-13 is left.
 POTENTIAL = {"float32": 2e-5, "float64": 1e-8}
+# Second derivatives of the same; where radial functions are interpolated in training, that leaves up to 1e-4.
+GRADIENT = {"float32": 2e-4, "float64": 1e-8}
 N_ATOMS = 64
 
 
@@ -42,6 +44,10 @@ def cases(options: Options) -> list[Case]:
             for backend in backends(options, _family(options, name)):
                 label = {"check": "potential", "of": name, "dtype": dtype, "backend": backend}
                 found.append(Case(label, partial(_compare_potential, options, name, dtype, backend)))
+        for name in options.sizes.models:
+            for backend in backends(options, _family(options, name)):
+                label = {"check": "gradient of a loss", "of": name, "dtype": dtype, "backend": backend}
+                found.append(Case(label, partial(_compare_gradient, options, name, dtype, backend)))
         for l_max, parity in options.sizes.layers:
             for n_channels in options.sizes.channels:
                 for backend in convolution_backends(options):
@@ -144,6 +150,21 @@ def _compare_potential(options: Options, name: str, dtype: str, backend: kernels
     if own.stress is not None and exact.stress is not None:
         deviations["stress"] = _deviation(own.stress, exact.stress)
     return _judged(deviations, POTENTIAL[dtype])
+
+
+def _compare_gradient(options: Options, name: str, dtype: str, backend: kernels.Backend) -> dict[str, Any]:
+    """Of a loss of energies, forces and stress, by all weights, as in training."""
+    gradients = []
+    for device, precision, chosen in ((options.device, dtype, backend), ("cpu", "float64", "reference")):
+        potential = _potential(options, name, device, precision).train().requires_grad_(True)
+        potential.kernel_backend = chosen
+        graph = graph_of(_structure(options, name), potential.cutoff).to(device)
+        prediction = potential.predict_trainable(graph, stress=True)  # pyright: ignore
+        assert prediction.stress is not None
+        loss = prediction.energies.square().sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
+        found = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([g.detach().to("cpu", torch.float64).flatten() for g in found]))
+    return _judged({"weights": _deviation(*gradients)}, GRADIENT[dtype])
 
 
 def _load(options: Options, name: str, dtype: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _step(options: Options, settings: dict[str, Any], batch: tuple[int, int, boo
 
     def step() -> None:
         optimizer.zero_grad()
-        prediction = potential(graph, create_graph=True)
+        prediction = potential.predict_trainable(graph)
         ((prediction.energy / batch[1]).square().mean() + prediction.forces.square().mean()).backward()
         optimizer.step()
 

@@ -35,6 +35,8 @@ def runs(device: torch.device) -> bool:
     try:
         with torch.no_grad():
             value = float(convolve_triton(one, one[0], one, make_layer_plan(0), make_topology(index, index, 1)))
+    except torch.OutOfMemoryError:  # says nothing about triton
+        raise
     except Exception as error:  # no C compiler, a GPU or a driver that triton does not know, ...
         fault = f"{type(error).__name__}: {error}"
     else:
