@@ -1,7 +1,6 @@
 """The fused network is the network: every output, against autograd through the reference kernels."""
 
 import copy
-import itertools
 import os
 import pickle
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from network_problems import CUTOFF, both, largest_difference, make_graph, make_potential, make_transformer
 
 from equimd import kernels
 from equimd.errors import InputError
@@ -19,47 +19,7 @@ from equimd.kernels import compiled
 from equimd.kernels import network as fused_module
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 
-ISOLATED = {1: -13.0, 8: -400.0}
-CUTOFF = 3.5
 EXACT = 1e-10  # ten times the tolerance of the radial tables in float64
-
-
-def make_potential(dtype=torch.float64, **settings):
-    torch.manual_seed(4)
-    defaults = {"n_channels": 8, "n_layers": 2, "cutoff": CUTOFF, "avg_num_neighbors": 9.0}
-    potential = EquivariantPotential(EquivariantSettings(**(defaults | settings)), (1, 8), ISOLATED)
-    potential.set_scale_shift({1: 1.5, 8: 0.7}, {1: 0.1, 8: -0.2})
-    return potential.to(dtype).requires_grad_(False)
-
-
-def make_graph(n=12, length=6.0, pbc=True, seed=0, cutoff=CUTOFF):
-    rng = np.random.default_rng(seed)
-    cell = length * np.array([[1.0, 0.1, 0.0], [-0.2, 0.9, 0.1], [0.0, 0.3, 1.1]])
-    # On a jittered grid: no two atoms so close that the repulsion drowns everything else.
-    side = int(np.ceil(n ** (1 / 3)))
-    places = np.array(list(itertools.product(range(side), repeat=3)))[:n]
-    positions = ((places + 0.25 * rng.random((n, 3))) / side) @ cell
-    numbers = np.where(np.arange(n) % 3 == 0, 8, 1)
-    return graph_from_arrays(positions, numbers, cell, np.full(3, pbc), cutoff)
-
-
-def both(potential, graph, stress=True):
-    assert potential.has_frozen_network
-    fast = potential(graph, stress=stress)
-    with kernels.using("reference"):
-        assert not potential.has_frozen_network
-        slow = potential(graph, stress=stress)
-    return fast, slow
-
-
-def largest_difference(fast, slow):
-    """Relative to the largest value, over atomic energies, forces and stress."""
-    pairs = [(fast.energies, slow.energies), (fast.forces, slow.forces)]
-    if slow.stress is not None:
-        pairs.append((fast.stress.nan_to_num(), slow.stress.nan_to_num()))
-    return float(
-        np.max([float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs])
-    )  # NaN if any is
 
 
 @pytest.mark.parametrize("l_max", [0, 1, 2, 3])
@@ -284,7 +244,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from test_network import make_graph, make_potential
+from network_problems import make_graph, make_potential
 graph = make_graph()
 shared = make_potential(torch.float32, l_max=1)
 potentials = [shared, shared, make_potential(torch.float32, l_max=1), make_potential(torch.float32, l_max=1)]
@@ -294,7 +254,7 @@ assert all(torch.equal(r, results[0]) for r in results)
 """
     )
     environment = os.environ | {"EQUIMD_CACHE": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, script, Path(__file__).parent], check=True, env=environment)
+    subprocess.run([sys.executable, script, Path(__file__).parents[1]], check=True, env=environment)
 
 
 def test_copies_compute_for_themselves():
@@ -372,8 +332,6 @@ def test_the_first_use_may_be_in_inference_mode():
 
 @pytest.mark.parametrize("family", ["equivariant", "transformer"])
 def test_an_unknown_element_is_refused(family):
-    from tests.kernels.test_token_network import make_potential as make_transformer
-
     potential, graph = (make_potential if family == "equivariant" else make_transformer)(), make_graph()
     graph.atomic_numbers[3] = 26
     with pytest.raises(InputError, match="atomic number 26 is not among the species"):

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from network_problems import CUTOFF, make_graph, make_potential
 
 from equimd import kernels
 from equimd.graph import batch_graphs
 from equimd.models import equivariant_training
-from tests.kernels.test_network import CUTOFF, make_graph, make_potential
 
 # Radial functions are interpolated between 129 knots, which is good to some 1e-6 of their slopes.
 INTERPOLATED = 1e-5

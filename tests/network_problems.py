@@ -1,0 +1,62 @@
+"""Small potentials and structures for the tests of frozen networks and of training."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from equimd import kernels
+from equimd.graph import graph_from_arrays
+from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
+from equimd.models.transformer import TransformerPotential, TransformerSettings
+
+ISOLATED = {1: -13.0, 8: -400.0}
+CUTOFF = 3.5
+
+
+def make_potential(dtype=torch.float64, **settings):
+    torch.manual_seed(4)
+    defaults = {"n_channels": 8, "n_layers": 2, "cutoff": CUTOFF, "avg_num_neighbors": 9.0}
+    potential = EquivariantPotential(EquivariantSettings(**(defaults | settings)), (1, 8), ISOLATED)
+    potential.set_scale_shift({1: 1.5, 8: 0.7}, {1: 0.1, 8: -0.2})
+    return potential.to(dtype).requires_grad_(False)
+
+
+def make_graph(n=12, length=6.0, pbc=True, seed=0, cutoff=CUTOFF):
+    rng = np.random.default_rng(seed)
+    cell = length * np.array([[1.0, 0.1, 0.0], [-0.2, 0.9, 0.1], [0.0, 0.3, 1.1]])
+    # On a jittered grid: no two atoms so close that the repulsion drowns everything else.
+    side = int(np.ceil(n ** (1 / 3)))
+    places = np.array(list(itertools.product(range(side), repeat=3)))[:n]
+    positions = ((places + 0.25 * rng.random((n, 3))) / side) @ cell
+    numbers = np.where(np.arange(n) % 3 == 0, 8, 1)
+    return graph_from_arrays(positions, numbers, cell, np.full(3, pbc), cutoff)
+
+
+def both(potential, graph, stress=True):
+    assert potential.has_frozen_network
+    fast = potential(graph, stress=stress)
+    with kernels.using("reference"):
+        assert not potential.has_frozen_network
+        slow = potential(graph, stress=stress)
+    return fast, slow
+
+
+def largest_difference(fast, slow):
+    """Relative to the largest value, over atomic energies, forces and stress."""
+    pairs = [(fast.energies, slow.energies), (fast.forces, slow.forces)]
+    if slow.stress is not None:
+        pairs.append((fast.stress.nan_to_num(), slow.stress.nan_to_num()))
+    return float(
+        np.max([float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs])
+    )  # NaN if any is
+
+
+def make_transformer(dtype=torch.float64, **settings):
+    torch.manual_seed(4)
+    defaults = {"d_model": 32, "n_heads": 2, "d_feedforward": 48, "n_radial": 5, "cutoff": CUTOFF}
+    potential = TransformerPotential(TransformerSettings(**(defaults | settings)), (1, 8), ISOLATED)
+    potential.set_scale_shift({1: 1.5, 8: 0.7}, {1: 0.1, 8: -0.2})
+    for bias in (head.bias for head in potential.atom_heads):
+        torch.nn.init.normal_(bias)
+    return potential.to(dtype).requires_grad_(False)
