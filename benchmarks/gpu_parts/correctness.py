@@ -95,7 +95,7 @@ def _orders(
 ) -> dict[str, list[Tensor]]:
     """The output; the gradients of <g, output> by x, harmonics and weights; those of <h, gradients> by all and g."""
     floats, g, directions = [a.requires_grad_() for a in arrays[:3]], arrays[3].requires_grad_(), arrays[4:]
-    out = kernels.convolve(floats[0], floats[1], floats[2], *edges, plan, backend=backend)
+    out = kernels.convolve(floats[0], floats[1], floats[2], edges[0], edges[1], plan, backend=backend)
     first = torch.autograd.grad((out * g).sum(), floats, create_graph=True)
     product = sum((gradient * h).sum() for gradient, h in zip(first, directions, strict=True))
     second = torch.autograd.grad(cast(Tensor, product), [*floats, g])
@@ -157,7 +157,7 @@ def _compare_gradient(options: Options, name: str, dtype: str, backend: kernels.
     gradients = []
     for device, precision, chosen in ((options.device, dtype, backend), ("cpu", "float64", "reference")):
         potential = _potential(options, name, device, precision).train().requires_grad_(True)
-        potential.kernel_backend = chosen
+        potential.kernel_backend = cast(kernels.Backend, chosen)
         graph = graph_of(_structure(options, name), potential.cutoff).to(device)
         prediction = potential.predict_trainable(graph, stress=True)  # pyright: ignore
         assert prediction.stress is not None

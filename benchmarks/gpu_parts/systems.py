@@ -106,13 +106,14 @@ def backends(options: Options, family: str = "equivariant") -> tuple[Backend, ..
     """The kernels to compare for a family, the fastest first."""
     if family == "transformer":
         return (automatic(options),)
-    return (*(["auto"] if options.kind == "cuda" else []), *convolution_backends(options))
+    return (*([automatic(options)] if options.kind == "cuda" else []), *convolution_backends(options))
 
 
 def convolution_backends(options: Options) -> tuple[Backend, ...]:
     """The same for single convolutions, where "auto" is one of the others."""
     compiled = "triton" if options.kind == "cuda" else "numba"
-    return tuple(name for name in get_args(Backend) if name in (compiled, "reference"))[::-1]
+    known: tuple[Backend, ...] = get_args(Backend)
+    return (*(name for name in known if name == compiled), "reference")
 
 
 def automatic(options: Options) -> Backend:
