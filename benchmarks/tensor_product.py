@@ -213,7 +213,8 @@ def tables(results: dict[str, Any]) -> str:
     made, block = results["provenance"], next(iter(every.values()))
     versions = ", ".join(f"{name}=={made['versions'][name]}" for name in ("torch", "e3nn", "numba"))
     size = f"{block['n_edges']:,} edges, {block['n_channels']} channels"
-    parts.append(f"{size}; {made['processor']}, {results['threads']} threads, float32, {made['date']}; {versions}.")
+    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    parts.append(f"{size}; {made['processor']}, {threads}, float32, {made['date']}; {versions}.")
     return "\n\n".join(parts)
 
 
