@@ -42,7 +42,7 @@ def ragged(options):
 def sound(options):
     return [Case({"what": "well"}, lambda: {"ms": 3.0})]
 
-extra = {"broken": Part(broken, 1), "ragged": Part(ragged, 9, case_seconds=1.5), "sound": Part(sound, 1)}
+extra = {"broken": Part(broken, 1), "ragged": Part(ragged, 9, case_seconds=4), "sound": Part(sound, 1)}
 gpu.PARTS = extra | gpu.PARTS if sys.argv[1] == "first" else gpu.PARTS | extra
 sys.exit(gpu.main(sys.argv[2:]))
 """
