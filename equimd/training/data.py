@@ -15,7 +15,7 @@ from equimd.errors import InputError
 from equimd.frames import LabelKeys, UnitSpec, labels_of, read_list
 from equimd.graph import AtomGraph
 from equimd.neighbors import neighbor_list
-from equimd.training.recipe import BatchSection, DataSection
+from equimd.training.sections import BatchSection, DataSection
 
 _STREAM = 0x0101  # keeps the numbers that shuffle apart from those that rotate
 

@@ -10,7 +10,7 @@ from equimd.decomposition import decompose, percent_of_loss
 from equimd.graph import AtomGraph
 from equimd.rotations import GroupSample, quadrature, random_rotations, rotate_back_vectors
 from equimd.training.augment import rotate_all
-from equimd.training.recipe import ValidationSection
+from equimd.training.sections import ValidationSection
 
 _SEED = 20250101  # the same rotations at every validation of every training
 

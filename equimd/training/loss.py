@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equimd.graph import AtomGraph
 from equimd.models.potential import Prediction
-from equimd.training.recipe import LossSection, LossWeights
+from equimd.training.sections import LossSection, LossWeights
 
 
 class LossTerms(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from equimd.training.recipe import OptimizerSection, ScheduleSection
+from equimd.training.sections import OptimizerSection, ScheduleSection
 
 
 def make_optimizers(potential: nn.Module, section: OptimizerSection) -> list[Optimizer]:

@@ -10,7 +10,7 @@ from equimd.models.potential import Potential
 from equimd.results import Block
 from equimd.training.data import FrameSet
 from equimd.training.dynamics import SymmetryRecord, symmetry_record, symmetry_sample
-from equimd.training.recipe import ValidationSection
+from equimd.training.sections import ValidationSection
 
 _EDGES_PER_BATCH = 12_000
 

@@ -8,7 +8,7 @@ from equimd.graph import edge_vectors
 from equimd.rotations import rotate_tensor, rotate_vectors
 from equimd.training.augment import epoch_rotations, rotate_graph
 from equimd.training.loss import loss_terms
-from equimd.training.recipe import LossSection
+from equimd.training.sections import LossSection
 
 
 def test_rotations_are_orthogonal_and_follow_from_seed_epoch_frame():

@@ -9,7 +9,7 @@ from training_samples import E0, spring_frames
 from equimd.errors import InputError
 from equimd.graph import batch_graphs, graph_from_arrays
 from equimd.training.data import build_frame_set, epoch_batches, statistics, subset
-from equimd.training.recipe import BatchSection
+from equimd.training.sections import BatchSection
 
 ENERGIES = {1: E0["H"], 6: E0["C"], 8: E0["O"]}
 

@@ -4,7 +4,7 @@ from toys import ToyPotential
 from training_samples import labelled_graph
 
 from equimd.training.loss import active_weights, loss_terms
-from equimd.training.recipe import LastWeights, LossSection
+from equimd.training.sections import LastWeights, LossSection
 
 
 def test_terms_are_means_per_component():

@@ -11,7 +11,7 @@ from equimd.training.optim import (
     make_optimizers,
     set_learning_rate,
 )
-from equimd.training.recipe import OptimizerSection, ScheduleSection
+from equimd.training.sections import OptimizerSection, ScheduleSection
 
 
 class Net(nn.Module):
