@@ -25,6 +25,21 @@ def spherical_harmonics(directions: Tensor, l_max: int) -> Tensor:
     return torch.cat(rows, dim=1)
 
 
+def moving_harmonics(directions: Tensor, rates: Tensor, l_max: int) -> tuple[Tensor, Tensor]:
+    """``spherical_harmonics``, and how fast they change while the directions do by ``rates`` (E, 3)."""
+    values, changes = [torch.ones_like(directions[:, :1])], [torch.zeros_like(directions[:, :1])]
+    if l_max >= 1:
+        values.append(math.sqrt(3.0) * directions)
+        changes.append(math.sqrt(3.0) * rates)
+    u, du = directions.unsqueeze(1), rates.unsqueeze(1)
+    for degree in range(2, l_max + 1):
+        matrix = recursion_matrix(degree).to(directions)
+        y, dy = values[-1].unsqueeze(2), changes[-1].unsqueeze(2)
+        values.append((y * u).flatten(1) @ matrix)
+        changes.append((dy * u).addcmul_(y, du).flatten(1) @ matrix)
+    return torch.cat(values, dim=1), torch.cat(changes, dim=1)
+
+
 @functools.cache
 def recursion_matrix(degree: int) -> Tensor:
     """Matrix ((2l−1)·3, 2l+1) that takes Y_{l−1} ⊗ u to Y_l, float64."""

@@ -58,16 +58,20 @@ class Knots:
         with torch.no_grad():
             self.middles = basis(knots[:-1] + 0.5 * self.width)
 
-    def shares(self, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of the six numbers at both ends of its interval each distance (E,) takes, (E, 6); which one."""
+    def moving_shares(self, distances: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How much of the six numbers at both ends of its interval each distance (E,) takes, (E, 6); which interval.
+
+        Between the two, how fast the shares change while the distances do by ``rates`` (E,).
+        """
         position = (distances - _FIRST) / self.width
-        interval = position.detach().to(torch.int64).clamp(0, self.n_intervals - 1)
-        t = position - interval - 0.5
-        powers = [torch.ones_like(t)]
-        for _ in range(5):
+        interval = position.to(torch.int64).clamp(0, self.n_intervals - 1)
+        t, change = position - interval - 0.5, rates / self.width
+        powers, slopes = [torch.ones_like(t)], [torch.zeros_like(t)]
+        for q in range(1, 6):
+            slopes.append(q * powers[-1] * change)
             powers.append(powers[-1] * t)
-        shares = torch.stack(powers, dim=1) @ _monomials().to(t)
-        return shares, interval
+        monomials = _monomials().to(t)
+        return torch.stack(powers, dim=1) @ monomials, torch.stack(slopes, dim=1) @ monomials, interval
 
     def intervals(self, interval: Tensor) -> Intervals:
         """To interpolate in a table of jets (3·(K + 1), M), knot by knot, at edges in these intervals (E,)."""

@@ -10,18 +10,16 @@ rates of change side by side, which autograd differentiates once. Radial functio
 the radial networks are evaluated with their first two derivatives: distances enter through polynomials only.
 """
 
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equimd.graph import AtomGraph, edge_vectors
 from equimd.kernels.dual import convolve_dual
-from equimd.kernels.harmonics import spherical_harmonics
+from equimd.kernels.harmonics import moving_harmonics
 from equimd.kernels.interpolation import Intervals, interpolate
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
 from equimd.kernels.radial_table import Knots
@@ -38,9 +36,6 @@ N_INTERVALS = 128
 
 MOST_ATOMS_ON_ONE_THREAD = 1000
 """Of a batch: with two threads, 192 atoms gain a quarter by it, 1,536 lose a tenth."""
-
-
-_DUAL = threading.Lock()  # torch has one level of dual numbers in a process
 
 
 class Trainer:
@@ -75,7 +70,8 @@ class Trainer:
         """Outputs and their rates of change along the directions (E, 3) of the edge vectors, (N, 2)."""
         potential, topology = self.potential, topology_of(graph)
         with torch.no_grad():
-            harmonics, shares, intervals = self._geometry(edge_vectors(graph, torch.float64), directions)
+            vectors = edge_vectors(graph, torch.float64)
+            harmonics, shares, intervals = self._geometry(vectors, directions.to(vectors.dtype))
         start = potential.embedding[potential.species_of(graph)]
         x = torch.stack([start, torch.zeros_like(start)], dim=1).unsqueeze(2)  # (N, 2, 1, C)
         for layer, jet in zip(potential.interactions, jets, strict=True):
@@ -94,17 +90,17 @@ class Trainer:
     def _geometry(self, vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Intervals]:
         """Values and rates of harmonics (E, 2, S), of shares in the knots (2E, 6), and the intervals of these."""
         potential = self.potential
-        with _DUAL, forward_ad.dual_level():
-            moving = forward_ad.make_dual(vectors, directions.to(vectors.dtype))
-            distances = safe_norm(moving)
-            harmonics = spherical_harmonics(moving / distances.unsqueeze(-1), potential.settings.l_max)
-            shares, interval = self.knots.shares(distances)
-            shares = shares * (distances.detach() <= potential.cutoff).unsqueeze(1)  # beyond, nothing is known
-            pairs = [forward_ad.unpack_dual(tensor) for tensor in (harmonics * potential.message_scale, shares)]
-            harmonics, shares = (
-                torch.stack([p, torch.zeros_like(p) if t is None else t], dim=1).to(potential.dtype) for p, t in pairs
-            )
-        return harmonics, shares.flatten(0, 1), self.knots.intervals(interval.repeat_interleave(2))
+        distances = safe_norm(vectors)
+        units = vectors / distances.unsqueeze(1)
+        lengthening = (units * directions).sum(dim=1)
+        turning = (directions - units * lengthening.unsqueeze(1)) / distances.unsqueeze(1)
+        *shares, interval = self.knots.moving_shares(distances, lengthening)
+        harmonics = moving_harmonics(units, turning, potential.settings.l_max)
+        inside = (distances <= potential.cutoff).view(-1, 1, 1)  # beyond, nothing is known of radial functions
+        values = (torch.stack(shares, dim=1) * inside).flatten(0, 1)
+        moving = torch.stack(harmonics, dim=1) * potential.message_scale
+        intervals = self.knots.intervals(interval.repeat_interleave(2))
+        return moving.to(potential.dtype), values.to(potential.dtype), intervals
 
 
 def _threads_of_torch(graph: AtomGraph) -> AbstractContextManager[Any]:

@@ -68,8 +68,12 @@ def test_gives_up_on_a_function_with_a_step():
 def test_shares_interpolate():
     knots = Knots(lambda r: waves(r).flatten(1), CUTOFF, 100)
     r = torch.linspace(0.1, CUTOFF, 1001, dtype=torch.float64)
-    shares, interval = knots.shares(r)
+    shares, slopes, interval = knots.moving_shares(r, torch.full_like(r, 0.5))
     got = interpolate(shares, knots.jet.transpose(0, 1).flatten(0, 1), knots.intervals(interval))
     torch.testing.assert_close(knots.table(knots.jet)(r), got, rtol=0, atol=1e-12)
     assert float((got - waves(r).flatten(1)).abs().max()) < 1e-6
     assert float((got - waves(r + 1e-3).flatten(1)).abs().max()) > 1e-4
+    (before, _, k), (after, _, m) = (knots.moving_shares(r + step, r) for step in (-5e-6, 5e-6))
+    inside = (k == interval) & (m == interval)
+    measured = 0.5 * (after - before) / 1e-5  # of a distance that grows by one half
+    torch.testing.assert_close(slopes[inside], measured[inside], rtol=1e-6, atol=1e-5)  # slopes reach 15
