@@ -174,6 +174,7 @@ class TransformerPotential(Potential):
 
     family: ClassVar[str] = "transformer"
     settings: TransformerSettings
+    trains_by_kernels = False  # autograd does it  # pyright: ignore
 
     def __init__(
         self, settings: TransformerSettings, species: tuple[int, ...], isolated_atom_energies: Mapping[int, float]

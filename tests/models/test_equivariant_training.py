@@ -97,14 +97,14 @@ def test_two_predictions_may_be_pending():
 
 def test_a_missing_rate_is_noticed(monkeypatch):
     """The negative twin: with harmonics that do not turn with the edge, forces are trained in a wrong direction."""
-    right = equivariant_training.Trainer._geometry
+    right = equivariant_training.EquivariantTrainer._geometry
 
     def wrong(self, vectors, directions):
         harmonics, shares, intervals = right(self, vectors, directions)
         harmonics[:, 1] = 0.0
         return harmonics, shares, intervals
 
-    monkeypatch.setattr(equivariant_training.Trainer, "_geometry", wrong)
+    monkeypatch.setattr(equivariant_training.EquivariantTrainer, "_geometry", wrong)
     potential, graph = trainable(), make_graph()
     fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
     assert largest_difference(gradients(potential, fast), gradients(potential, slow)) > 1e-2
