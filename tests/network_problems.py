@@ -60,3 +60,29 @@ def make_transformer(dtype=torch.float64, **settings):
     for bias in (head.bias for head in potential.atom_heads):
         torch.nn.init.normal_(bias)
     return potential.to(dtype).requires_grad_(False)
+
+
+def loss(prediction):
+    """Of everything that can be trained on, with weights that are not symmetric."""
+    terms = [prediction.energy.square().sum() * 1e-6, prediction.energies.square().sum()]
+    terms += [prediction.forces.square().sum(), prediction.forces.select(1, 0).sum()]
+    if prediction.stress is not None:
+        terms.append((prediction.stress * torch.arange(9.0).view(3, 3)).square().sum() * 1e3)
+    return sum(terms)
+
+
+def gradients(potential, prediction):
+    """Of that loss, by parameter."""
+    potential.zero_grad()
+    loss(prediction).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in potential.named_parameters()}
+
+
+def gradient_difference(a, b):
+    """Relative to the largest of each parameter's gradient."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] is None) == (b[name] is None), name
+    known = [name for name in a if b[name] is not None]
+    scale = {name: b[name].abs().max().clamp(min=1e-12) for name in known}  # some weights reach nothing
+    return float(np.max([float((a[name] - b[name]).abs().max() / scale[name]) for name in known]))

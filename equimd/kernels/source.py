@@ -9,8 +9,8 @@ from equimd.kernels.compiled import module_name
 LANES = 16
 """Numbers in a vector of ``lanes``, which is imported by compiled kernels only: numba takes a second to load."""
 
-NODE, EDGE = " " * 8, " " * 12
-"""Indentation of a line that is executed for every atom, and for every edge."""
+NODE, EDGE, DEEP, DEEPER = (" " * n for n in (8, 12, 16, 20))
+"""Indentation of a line that is executed for every atom, for every edge, and in loops within."""
 
 
 class KernelSource(NamedTuple):

@@ -26,7 +26,6 @@ from equimd.kernels import (
     Irrep,
     Topology,
     convolve,
-    fuses,
     make_plan,
     standard_irreps,
 )
@@ -38,7 +37,7 @@ from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_
 
 if TYPE_CHECKING:
     from equimd.kernels.network import FusedNetwork, Network
-    from equimd.models.equivariant_training import Trainer
+    from equimd.models.dual_training import Trainer
 
 # Relative error of tabulated radial functions, by precision of the network. That of their slopes is some 200 times
 # larger, and in float32 still below the rounding of the forces.
@@ -216,7 +215,6 @@ class EquivariantPotential(Potential):
     family: ClassVar[str] = "equivariant"
     settings: EquivariantSettings
     readout: nn.Sequential
-    _trainer: "Trainer | None" = None
 
     def __init__(self, settings: EquivariantSettings, species: tuple[int, ...], isolated_atom_energies) -> None:
         super().__init__(settings, species, isolated_atom_energies)
@@ -311,21 +309,7 @@ class EquivariantPotential(Potential):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def _trainable(self, graph: AtomGraph) -> FrozenOutput | None:
-        """By compiled kernels, see ``equivariant_training``."""
-        if self.settings.rms_norm or self.kernel_backend != "auto" or not fuses(self.dtype, self.device):
-            return None
-        from equimd.models.equivariant_training import Trainer
+    def _make_trainer(self) -> "Trainer":
+        from equimd.models.equivariant_training import EquivariantTrainer
 
-        if self._trainer is None:
-            self._trainer = Trainer(self)
-        return self._trainer.predict(graph)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "EquivariantPotential":
-        self._trainer = None
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is made anew when it is needed."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_trainer"}
+        return EquivariantTrainer(self)

@@ -1,21 +1,13 @@
-"""Training of the equivariant family: predictions whose gradient with respect to the weights takes one pass back.
+"""Training of the equivariant family: the evaluation with dual numbers that ``dual_training`` asks for.
 
-For a loss L(E, F, σ) of energies, forces and stress, with b = ∂L/∂F and B = ∂L/∂(Vσ),
-
-    dL/dθ = d/dθ [ Σ_i ∂L/∂E_i E_i + Σ_ij c_ij · ∂E/∂r_ij ],   c_ij = b_i − b_j + r_ij B,
-
-where the bracket's factors are constants, and its last sum is the rate of change of E along c. So predictions come
-from the compiled network (``kernels.network``), and their gradient from one evaluation with dual numbers, values and
-rates of change side by side, which autograd differentiates once. Radial functions are interpolated between knots, where
-the radial networks are evaluated with their first two derivatives: distances enter through polynomials only.
+Autograd differentiates it once. Radial functions are interpolated between knots, where the radial networks are
+evaluated with their first two derivatives: distances enter through polynomials only.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from equimd.graph import AtomGraph, edge_vectors
 from equimd.kernels.dual import convolve_dual
@@ -23,7 +15,7 @@ from equimd.kernels.harmonics import moving_harmonics
 from equimd.kernels.interpolation import Intervals, interpolate
 from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
 from equimd.kernels.radial_table import Knots
-from equimd.kernels.threads import torch_on_one_thread
+from equimd.models.dual_training import Trainer, threads_of_torch
 from equimd.models.potential import FrozenOutput, geometry_of, topology_of
 from equimd.models.radial import safe_norm
 
@@ -34,37 +26,43 @@ N_INTERVALS = 128
 """Of the radial functions, between no distance and the cutoff."""
 
 
-MOST_ATOMS_ON_ONE_THREAD = 1000
-"""Of a batch: with two threads, 192 atoms gain a quarter by it, 1,536 lose a tenth."""
-
-
-class Trainer:
-    """What a potential keeps from step to step: the knots, and the compiled network whose weights are written anew.
-
-    One thread at a time may train a potential.
-    """
+class EquivariantTrainer(Trainer):
+    """With the knots of the radial functions, and the compiled network."""
 
     def __init__(self, potential: "EquivariantPotential") -> None:
-        self.potential = potential
+        self.potential: EquivariantPotential = potential
         self.knots = Knots(potential.radial_basis, potential.cutoff, N_INTERVALS)
         self.jet = self.knots.jet.to(potential.dtype)
         self._network: Any = None
 
-    def predict(self, graph: AtomGraph) -> FrozenOutput:
-        """Outputs, forces and virial; differentiable once with respect to the potential's parameters."""
-        parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        return FrozenOutput(*_Predict.apply(self, graph, parameters, *parameters))  # pyright: ignore
-
-    def evaluate(self, graph: AtomGraph, jets: list[Tensor]) -> FrozenOutput:
-        """By the compiled network with the present weights; ``jets`` are those of the radial functions at the knots."""
+    def evaluate(self, graph: AtomGraph) -> tuple[FrozenOutput, list[Tensor]]:
+        """What is held are the jets of the radial functions at the knots."""
         potential = self.potential
-        network = potential.frozen_weights([self.knots.table(jet * potential.message_scale) for jet in jets])
+        with threads_of_torch(graph), torch.enable_grad():
+            jets = [layer.radial.jet(self.jet) for layer in potential.interactions]
+        tables = [self.knots.table(jet.detach() * potential.message_scale) for jet in jets]
+        network = potential.frozen_weights(tables)
         if self._network is None:
             self._network = potential.compile_network(network)
         else:
             self._network.update(network)
         kind = potential.species_of(graph)
-        return FrozenOutput(*self._network(geometry_of(graph), kind, potential.scale[kind], topology_of(graph)))
+        return FrozenOutput(*self._network(geometry_of(graph), kind, potential.scale[kind], topology_of(graph))), jets
+
+    def gradients(
+        self, graph: AtomGraph, held: list[Tensor], factors: Tensor, directions: Tensor, parameters: list[Tensor]
+    ) -> list[Tensor | None]:
+        """By autograd, of outputs and their rates."""
+        scale = self.potential.scale[self.potential.species_of(graph)]
+        with torch.enable_grad():
+            outputs, rates = self.outputs_and_rates(graph, directions, held).unbind(1)
+            gradients = torch.autograd.grad(
+                (outputs * factors.to(outputs)).sum() + (rates * scale).sum(),
+                parameters,
+                retain_graph=True,  # another loss of the same prediction may come
+                allow_unused=True,
+            )
+        return list(gradients)
 
     def outputs_and_rates(self, graph: AtomGraph, directions: Tensor, jets: list[Tensor]) -> Tensor:
         """Outputs and their rates of change along the directions (E, 3) of the edge vectors, (N, 2)."""
@@ -101,51 +99,6 @@ class Trainer:
         moving = torch.stack(harmonics, dim=1) * potential.message_scale
         intervals = self.knots.intervals(interval.repeat_interleave(2))
         return moving.to(potential.dtype), values.to(potential.dtype), intervals
-
-
-def _threads_of_torch(graph: AtomGraph) -> AbstractContextManager[Any]:
-    """On one thread where atoms are few: between kernels, operations are too short to share."""
-    return torch_on_one_thread() if graph.n_atoms <= MOST_ATOMS_ON_ONE_THREAD else nullcontext()
-
-
-class _Predict(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, trainer: Trainer, graph: AtomGraph, parameters: list[Tensor], *_: Tensor
-    ) -> tuple[Tensor, ...]:
-        with _threads_of_torch(graph), torch.enable_grad():
-            jets = [layer.radial.jet(trainer.jet) for layer in trainer.potential.interactions]
-        ctx.held = trainer, graph, parameters, jets
-        ctx.versions = _versions(graph, parameters)
-        ctx.set_materialize_grads(True)
-        result = trainer.evaluate(graph, [jet.detach() for jet in jets])
-        ctx.mark_non_differentiable(result.repulsion)
-        return tuple(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output: Tensor, _: Tensor, forces: Tensor, virial: Tensor) -> tuple[Tensor | None, ...]:
-        trainer, graph, parameters, jets = ctx.held
-        if ctx.versions != _versions(graph, parameters):
-            raise RuntimeError("weights or positions were changed between a prediction and its gradient")
-        output, forces, virial = output.detach(), forces.detach(), virial.detach()  # factors, not functions
-        potential, (i, j) = trainer.potential, graph.edge_index
-        moved = virial[graph.batch[i]]
-        along = forces[i] - forces[j] + torch.einsum("ea,eab->eb", edge_vectors(graph, torch.float64), moved)
-        scale = potential.scale[potential.species_of(graph)]
-        with _threads_of_torch(graph), torch.enable_grad():
-            outputs, rates = trainer.outputs_and_rates(graph, along, jets).unbind(1)
-            gradients = torch.autograd.grad(
-                (outputs * output.to(outputs)).sum() + (rates * scale).sum(),
-                parameters,
-                retain_graph=True,  # another loss of the same prediction may come
-                allow_unused=True,
-            )
-        return None, None, None, *gradients
-
-
-def _versions(graph: AtomGraph, parameters: list[Tensor]) -> list[int]:
-    return [t._version for t in (graph.positions, graph.cell, *parameters)]
 
 
 # The gate, once more: ``InteractionLayer._gate`` is of numbers, this of dual numbers. The tests hold them together.

@@ -10,7 +10,7 @@ import statistics
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +21,9 @@ from equimd.graph import AtomGraph, derived, edge_vectors, has_reverse_edges
 from equimd.kernels import Backend, Topology, fuses, make_topology
 from equimd.kernels.frozen import Geometry
 from equimd.models.radial import zbl_pair_energy
+
+if TYPE_CHECKING:
+    from equimd.models.dual_training import Trainer
 
 MAX_ATOMIC_NUMBER = 118
 _FUSING = threading.Lock()  # several threads may ask for the same network at once
@@ -71,6 +74,7 @@ class Potential(nn.Module, ABC):
     direct_forces: bool = False
     kernel_backend: Backend = "auto"
     _fused: tuple[tuple[Any, ...], Any] | None = None
+    _trainer: "Trainer | None" = None
     species_index: Tensor
     scale: Tensor
     shift: Tensor
@@ -96,7 +100,7 @@ class Potential(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Potential":
         """Move the isolated-atom energies with the module, but never cast them."""
-        self._fused = None
+        self._fused = self._trainer = None
         super()._apply(fn, recurse)
         self._isolated_atom_energies = self._isolated_atom_energies.to(self.scale.device)
         return self
@@ -205,7 +209,23 @@ class Potential(nn.Module, ABC):
 
     def _trainable(self, graph: AtomGraph) -> FrozenOutput | None:
         """Outputs, forces and virial, differentiable once in the parameters; None where autograd is to do it."""
-        return None
+        if not self.trains_by_kernels:
+            return None
+        if self._trainer is None:
+            self._trainer = self._make_trainer()
+        return self._trainer.predict(graph)
+
+    @property
+    def trains_by_kernels(self) -> bool:
+        """Whether ``predict_trainable`` is by compiled kernels, for graphs that hold the reverse of every edge.
+
+        It is for what has a frozen network, on a CPU.
+        """
+        return self._fusing_key is not None and self.kernel_backend == "auto" and fuses(self.dtype, self.device)
+
+    def _make_trainer(self) -> "Trainer":
+        """The family's, where ``_fusing_key`` is not None."""
+        raise NotImplementedError
 
     def _total(self, graph: AtomGraph, energies: Tensor) -> Tensor:
         """Energies (S,) with isolated atoms from atomic energies (N,) without, summed in float64."""
@@ -289,7 +309,7 @@ class Potential(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is neither copied nor pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fused"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_trainer")}
 
 
 def topology_of(graph: AtomGraph) -> Topology:

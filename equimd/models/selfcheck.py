@@ -105,7 +105,7 @@ def check_training_kernels(potential: Potential) -> None:
     The loss is of energy, forces and stress of a small structure; deviations are relative to the largest gradient of
     the same parameter, or to a hundredth of the largest of all.
     """
-    if type(potential)._trainable is Potential._trainable:
+    if not potential.trains_by_kernels:
         return  # autograd does it
     graph = _on(potential, _small_structure(potential.species, potential.cutoff).graph(potential.cutoff + 0.5))
     double = copy.deepcopy(potential).to(torch.float64)

@@ -34,7 +34,9 @@ from equimd.models.radial import BesselBasis, cosine_cutoff, safe_norm, zbl_para
 from equimd.models.token_ops import attention, rms_norm, swiglu
 
 if TYPE_CHECKING:
-    from equimd.kernels.token_network import Block, FusedTransformer
+    from equimd.kernels.token_network import FusedTransformer
+    from equimd.kernels.token_weights import TokenNetwork
+    from equimd.models.dual_training import Trainer
 
 
 class TransformerSettings(PotentialSettings):
@@ -151,6 +153,12 @@ class AttentionLayer(nn.Module):
             self.atom_up = _linear(d, 2 * settings.d_atom_feedforward)
             self.atom_down = _linear(settings.d_atom_feedforward, d, gain=1 / math.sqrt(2 * depth))
 
+    @property
+    def maps(self) -> list[nn.Linear]:
+        """The linear maps that there are, in the order of ``kernels.token_weights.Block``."""
+        maps = (self.qkv, self.out, self.up, self.down, self.atom_up, self.atom_down)
+        return [linear for linear in maps if linear is not None]
+
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """New tokens (N, T, d) from tokens and their cutoff weights (N, T)."""
         x = x + self.out(attention(self.qkv(rms_norm(x)), weights, self.n_heads))
@@ -160,13 +168,6 @@ class AttentionLayer(nn.Module):
             return x
         atoms = self.atom_down(swiglu(self.atom_up(normed[:, :1])))
         return x + F.pad(atoms, (0, 0, 0, x.shape[1] - 1))
-
-
-def _block(layer: AttentionLayer) -> "Block":
-    from equimd.kernels.token_network import Block
-
-    maps = (layer.qkv, layer.out, layer.up, layer.down, layer.atom_up, layer.atom_down)
-    return Block(*(None if linear is None else linear.weight for linear in maps))  # type: ignore[arg-type]
 
 
 class TransformerPotential(Potential):
@@ -218,18 +219,24 @@ class TransformerPotential(Potential):
         return None if self.direct_forces else ()
 
     def _fuse(self, clocks: bool = False) -> "FusedTransformer":  # its steps are timed as they are
-        from equimd.kernels.token_network import FusedTransformer, Stage, TokenNetwork
+        from equimd.kernels.token_network import FusedTransformer
+
+        return FusedTransformer(self.weights(), str(self.dtype).removeprefix("torch."))
+
+    def weights(self) -> "TokenNetwork":
+        """The present weights, for ``kernels.token_network``."""
+        from equimd.kernels.token_weights import Block, Stage, TokenNetwork
 
         stages = []
         for k, transformer in enumerate(self.transformers):
-            blocks = [_block(layer) for layer in transformer]  # type: ignore[arg-type]
+            blocks = [Block(*(linear.weight for linear in layer.maps)) for layer in transformer]  # type: ignore
             heads = torch.cat([self.atom_heads[k].weight, self.edge_heads[k].weight])  # type: ignore
             message = self.messages[k].weight if k < len(self.messages) else None
             stages.append(Stage(blocks, heads, self.atom_heads[k].bias, message))  # type: ignore
         screening, pairs = ((), torch.zeros(1, 1, 3, device="cpu"))
         if self.settings.zbl:
             screening, pairs = zbl_parameters(self.species, self.cutoff)
-        network = TokenNetwork(
+        return TokenNetwork(
             stages=stages,
             frequencies=self.radial.frequencies,
             embedding=self.edge_embedding.weight.T,
@@ -241,7 +248,13 @@ class TransformerPotential(Potential):
             screening=screening,
             pairs=pairs,
         )
-        return FusedTransformer(network, str(self.dtype).removeprefix("torch."))
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def _make_trainer(self) -> "Trainer":
+        from equimd.models.transformer_training import TransformerTrainer
+
+        return TransformerTrainer(self)
 
     # --- autograd ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from network_problems import CUTOFF, both, largest_difference, make_graph, make_
 
 from equimd import kernels
 from equimd.graph import batch_graphs, graph_from_arrays
-from equimd.kernels import token_network
+from equimd.kernels import token_run
 
 EXACT = 1e-12  # other order of summation
 
@@ -78,7 +78,7 @@ def test_batch_is_its_parts_and_sizes_may_change():
 def test_threads_do_not_matter(set_threads, monkeypatch):
     potential, graph = make_transformer(), make_graph(27, length=7.0)
     alone = potential(graph, stress=True)
-    monkeypatch.setattr(token_network, "WORK_PER_THREAD", 1)
+    monkeypatch.setattr(token_run, "WORK_PER_THREAD", 1)
     set_threads(3)
     assert largest_difference(potential(graph, stress=True), alone) < EXACT
     assert torch.get_num_threads() == 3
@@ -95,13 +95,13 @@ def test_new_weights_are_noticed():
 
 @pytest.mark.parametrize("name", ["attention_back", "swiglu_back", "norm_back", "receive_back", "tokens_back"])
 def test_a_kernel_that_is_left_out_is_noticed(name, monkeypatch):
-    run = token_network._Run.kernel
+    run = token_run.Run.kernel
 
     def skipping(self, kernel, *args, **names):
         if kernel != name:
             run(self, kernel, *args, **names)
 
-    monkeypatch.setattr(token_network._Run, "kernel", skipping)
+    monkeypatch.setattr(token_run.Run, "kernel", skipping)
     assert largest_difference(*both(make_transformer(), make_graph())) > 1e-3
 
 

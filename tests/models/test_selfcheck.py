@@ -167,12 +167,12 @@ def test_broken_networks_fall_back(monkeypatch, fault):
 
 @pytest.mark.parametrize("kernel", ["attention_back", "swiglu_back", "tokens_back"])
 def test_broken_transformer_networks_fall_back(monkeypatch, kernel):
-    from equimd.kernels import token_network
+    from equimd.kernels import token_run
 
     potential = _transformer().requires_grad_(False)
-    run = token_network._Run.kernel
+    run = token_run.Run.kernel
     monkeypatch.setattr(
-        token_network._Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
+        token_run.Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
     )
     with pytest.warns(RuntimeWarning, match='"auto": off by .* "numba" is used instead'):
         assert self_check(potential).ok
