@@ -50,7 +50,7 @@ def prepare(recipe: Recipe) -> Setup:
             frames = [frames[k] for k in chosen]
         sets[split] = build_frame_set(frames, recipe.model.cutoff, energies, str(path))
     train = sets["train"]
-    _check_labels(recipe, train)
+    _check_labels(recipe, train, sets["valid"])
     _check_species(sets, train)
     numbers = statistics(train, energies)
     settings = recipe.model
@@ -92,15 +92,20 @@ def prepare(recipe: Recipe) -> Setup:
     )
 
 
-def _check_labels(recipe: Recipe, train: FrameSet) -> None:
-    last = recipe.loss.last
+def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
     for term in ("energy", "forces", "stress"):
-        weight = max(getattr(recipe.loss, term), getattr(last, term) if last else 0.0)
+        weight = recipe.loss.largest(term)
         if weight > 0 and not train.has(term):
             raise InputError(
                 f"loss.{term} is {weight:g} but {recipe.data.train} has no {term} labels; set it to 0 or name the"
                 " labels in data.keys"
             )
+    metric = recipe.validation.metric
+    if not valid.has("forces" if metric.startswith("force") else "energy"):
+        raise InputError(
+            f"validation.metric is {metric!r} but {recipe.data.valid} has no such labels; accepted is one of"
+            " force_mae, force_rmse, energy_mae, energy_rmse that it has labels for"
+        )
 
 
 def _check_species(sets: dict[str, FrameSet], train: FrameSet) -> None:
