@@ -59,6 +59,13 @@ class Recipe(Section):
     def _length(self) -> "Recipe":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
+        if self.early_stopping and self.schedule.kind == "plateau":
+            patience, wait = self.early_stopping.patience, self.schedule.patience
+            if patience <= wait:
+                raise ValueError(
+                    f"early_stopping.patience is {patience}, schedule.patience {wait}: it would stop before lr is"
+                    f" reduced; more than {wait} is accepted"
+                )
         return self
 
     @property

@@ -17,6 +17,7 @@ from equimd.models.potential import Potential
 from equimd.models.selfcheck import check_training_kernels
 from equimd.training.data import FrameSet, build_frame_set, file_sha256, load_frames, statistics, subset
 from equimd.training.recipe import Recipe
+from equimd.training.schedule import EXTENDABLE
 
 
 @dataclass
@@ -75,6 +76,8 @@ def prepare(recipe: Recipe) -> Setup:
         "multiplicity": recipe.data.multiplicity,
     }
     free = ("checkpoint", "device", "max_minutes", "n_threads")  # may change between sessions
+    if recipe.schedule.kind in EXTENDABLE:
+        free += ("epochs", "steps")
     identity = {
         "recipe": {key: value for key, value in resolved.items() if key not in free},
         "data_sha256": sha256,
