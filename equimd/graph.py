@@ -31,6 +31,7 @@ class AtomGraph(Data):
     edge_index (2, E) int64 as [receiver, sender]; edge_shifts (E, 3) float64, integers S_ij;
     batch (N,) int64, the structure each atom belongs to; n_systems int.
     Labels, NaN where absent: energy (S,) eV float64; forces (N, 3) eV/Å float64; stress (S, 3, 3) eV/Å³ float64.
+    A batch that was rotated and whose stress is known in part also holds rotations and unrotated_stress (S, 3, 3).
     """
 
     if TYPE_CHECKING:  # torch_geometric declares these as Tensor | None, or not at all
@@ -44,6 +45,8 @@ class AtomGraph(Data):
         energy: Tensor
         forces: Tensor
         stress: Tensor
+        rotations: Tensor
+        unrotated_stress: Tensor
         n_systems: int
 
     def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:

@@ -213,6 +213,13 @@ class EquivariantPotential(Potential):
     """NequIP-like network; see the module's docstring for the equations."""
 
     family: ClassVar[str] = "equivariant"
+    parts = {
+        "embedding": ("embedding",),
+        "layers": ("layers",),
+        "radial": ("layers.*.radial",),
+        "readout": ("readout",),
+    }
+    species_tables = {"embedding": 1}
     settings: EquivariantSettings
     readout: nn.Sequential
 

@@ -174,6 +174,12 @@ class TransformerPotential(Potential):
     """The transformer family; see the module's text for the equations."""
 
     family: ClassVar[str] = "transformer"
+    parts = {
+        "embedding": ("edge_embedding", "species_embedding", "pair_embedding"),
+        "layers": ("transformers", "messages"),
+        "readout": ("atom_heads", "edge_heads"),
+    }
+    species_tables = {"species_embedding.weight": 1, "pair_embedding.weight": 2}
     settings: TransformerSettings
 
     def __init__(

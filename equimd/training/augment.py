@@ -34,7 +34,11 @@ def epoch_rotations(n_frames: int, copies: int, seed: int, epoch: int, inversion
 
 
 def rotate_graph(graph: AtomGraph, rotations: Tensor) -> AtomGraph:
-    """The batch with structure s rotated by ``rotations[s]`` (S, 3, 3); edges stay, they are rotation-invariant."""
+    """The batch with structure s rotated by ``rotations[s]`` (S, 3, 3); edges stay, they are rotation-invariant.
+
+    A stress of which only some components are known has none that are known after a rotation. Where there are such,
+    the batch also holds ``rotations`` and the ``unrotated_stress``, for a prediction that is rotated back.
+    """
     per_atom = rotations[graph.batch]
     rotated = AtomGraph(
         positions=rotate_vectors(graph.positions.unsqueeze(1), per_atom).squeeze(1),
@@ -49,6 +53,9 @@ def rotate_graph(graph: AtomGraph, rotations: Tensor) -> AtomGraph:
         batch=graph.batch,
     )
     rotated.n_systems = graph.n_systems
+    missing = torch.isnan(graph.stress).flatten(1)
+    if bool((missing.any(dim=1) & ~missing.all(dim=1)).any()):
+        rotated.rotations, rotated.unrotated_stress = rotations, graph.stress
     return rotated
 
 

@@ -14,15 +14,10 @@ from equimd.results import Block, Result, provenance
 from equimd.training.augment import epoch_rotations, rotate_graph
 from equimd.training.data import epoch_batches
 from equimd.training.loss import active_weights, loss_terms
-from equimd.training.optim import (
-    WeightAverage,
-    gradient_norm,
-    learning_rate_factor,
-    make_optimizers,
-    set_learning_rate,
-)
+from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
 from equimd.training.recipe import Recipe, load_recipe
 from equimd.training.reporting import MetricsFile, Reporter
+from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
 from equimd.training.state import Progress, read_state, write_state
 from equimd.training.validation import Errors, evaluate, validate_symmetry
@@ -100,7 +95,7 @@ class _Training:
         self.recipe, self.setup, self.folder, self.reporter = recipe, setup, folder, reporter
         self.parameters = [p for p in setup.potential.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(setup.potential, recipe.optimizer)
-        self.average = WeightAverage(setup.potential, setup.average, recipe.ema.decay)
+        self.average = WeightAverage(setup.potential, setup.average, recipe.ema)
         self.modules: dict[str, torch.nn.Module] = {"weights": setup.potential, "average": setup.average}
         self.progress = read_state(folder, setup.identity, self.modules, self.optimizers) or Progress()
         self.metrics = MetricsFile(folder, self.progress.rows)
@@ -114,6 +109,8 @@ class _Training:
     def run(self) -> TrainingResult:
         """Epochs until the recipe's end, then the test."""
         p, recipe = self.progress, self.recipe
+        if p.stopped == "finished" and (p.step < (recipe.steps or 0) or p.epoch < (recipe.epochs or 0)):
+            p.stopped = None  # the recipe has become longer
         while p.stopped is None:
             batches = epoch_batches(self.n_edges, recipe.batch, recipe.seed, p.epoch)
             rotations = self._rotations(p.epoch)
@@ -145,16 +142,15 @@ class _Training:
         weights = active_weights(recipe.loss, fraction)
         prediction = potential.predict_trainable(graph, stress=weights.stress > 0)
         loss = loss_terms(prediction, graph, weights, recipe.loss)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        zero_gradients(self.parameters)
         loss.total.backward()
         norm = gradient_norm(self.parameters, recipe.optimizer.gradient_clip)
-        if not math.isfinite(float(norm)):
+        if not math.isfinite(norm):
             raise TrainingDivergedError(
-                f"the gradient is {float(norm)} at step {p.step}; lower optimizer.lr ({recipe.optimizer.lr:g}) or"
+                f"the gradient is {norm} at step {p.step}; lower optimizer.lr ({recipe.optimizer.lr:g}) or"
                 " optimizer.gradient_clip, or look for frames with huge forces"
             )
-        p.lr = set_learning_rate(self.optimizers, learning_rate_factor(recipe.schedule, p.step, fraction))
+        p.lr = set_learning_rate(self.optimizers, learning_rate_factor(recipe.schedule, p.step, fraction, p.reduced))
         for optimizer in self.optimizers:
             optimizer.step()
         p.step += 1
@@ -171,7 +167,9 @@ class _Training:
         errors = evaluate(setup.average, setup.valid, setup.stress)
         symmetry = validate_symmetry(setup.average, setup.valid, recipe.validation)
         value = errors.metric(recipe.validation.metric)
-        if p.best is None or not value >= p.best:
+        improved = p.best is None or value < p.best or math.isnan(p.best)
+        after_validation(recipe.schedule, p, improved)
+        if improved:
             p.best, p.best_step, p.stale = value, p.step, 0
             save_checkpoint(self.folder / MODEL_FILE, setup.average, self.header())
         else:

@@ -1,9 +1,19 @@
-"""The loss: energy per atom, forces and stress, each a mean over the labels that are there.
+"""The loss: energy, forces and stress, each a mean over the labels that are there.
 
-    L = w_E ⟨ρ((E − Ê)/N)⟩ + w_F ⟨ρ(F − F̂)⟩ + w_σ ⟨ρ(σ − σ̂)⟩,   ρ(x) = x² or Huber's, in eV/atom, eV/Å, eV/Å³;
+    L = w_E ⟨ρ((E − Ê)/D)⟩ + w_F ⟨ρ(F − F̂)⟩ + w_σ ⟨ρ(σ − σ̂)⟩,   in eV, eV/Å, eV/Å³;
 
-means over structures, over 3N force components and over 9 stress components. Huber: ρ(x) = x² for |x| ≤ δ and
-δ (2|x| − δ) beyond, which is a squared error for small errors.
+D is the number of atoms N, or √N or 1 where loss.energy_per_atom says so. By loss.kind, ρ is
+
+    mse     x², of each of 3N force components and 9 stress components
+    huber   x² for |x| ≤ δ and δ (2|x| − δ) beyond: a squared error for small errors
+    mae     |x|; of forces and stress the length ‖F_i − F̂_i‖ and ‖σ − σ̂‖, which no rotation changes (as in EquiformerV2)
+
+A label that is NaN is missing, component by component: nothing is learned from it, and its gradient is zero. A stress
+counts for structures with a volume only, as others have none.
+
+Weights may change along a training: with loss.stages [{start: 0.5, energy: 10}] the energy's is another one from half
+of the training on, and loss.last is the last of the stages. With loss.ramp r weights move there linearly, from each
+stage's start to start + r. Forces first, energies later is {energy: 0, stages: [{start: 0.3, energy: 10}], ramp: 0.3}.
 """
 
 from typing import NamedTuple
@@ -13,11 +23,15 @@ from torch import Tensor
 
 from equimd.graph import AtomGraph
 from equimd.models.potential import Prediction
+from equimd.rotations import rotate_back_tensor
 from equimd.training.sections import LossSection, LossWeights
 
 
 class LossTerms(NamedTuple):
-    """The weighted sum and its unweighted terms, each a scalar; a term without labels is zero."""
+    """The weighted sum, and mean squared errors per atom or component to report, each a scalar.
+
+    Of a term without weight or labels, the error is zero.
+    """
 
     total: Tensor
     energy: Tensor
@@ -27,33 +41,71 @@ class LossTerms(NamedTuple):
 
 def active_weights(section: LossSection, progress: float) -> LossWeights:
     """The weights at ``progress`` (0 to 1) of the training."""
-    if section.last is not None and progress >= 1.0 - section.last.fraction:
-        return section.last
-    return section
+    weights = {"energy": section.energy, "forces": section.forces, "stress": section.stress}
+    for stage in section.all_stages:
+        done = progress - stage.start
+        share = float(done >= 0) if section.ramp == 0 else min(1.0, max(0.0, done / section.ramp))
+        for term, before in weights.items():
+            target = getattr(stage, term)
+            if target is not None:
+                weights[term] = before + share * (target - before)
+    return LossWeights(**weights)
 
 
 def loss_terms(prediction: Prediction, graph: AtomGraph, weights: LossWeights, section: LossSection) -> LossTerms:
-    """The loss of a batch; labels that are NaN are left out, so no gradient comes from them."""
-    n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems)
+    """The loss of a batch."""
     zero = prediction.forces.new_zeros(())
-    energy = forces = stress = zero
+    total, squares = zero, {"energy": zero, "forces": zero, "stress": zero}
     if weights.energy > 0:
-        energy = _mean((prediction.energy - graph.energy) / n_atoms, graph.energy, section).to(zero.dtype)
+        n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems).unsqueeze(1)
+        label = graph.energy.unsqueeze(1)
+        error = (prediction.energy.unsqueeze(1) - label) / n_atoms
+        squares["energy"] = _mean(error.detach(), label).to(zero.dtype)
+        scaled = error * n_atoms ** _POWERS[section.energy_per_atom]
+        total = total + weights.energy * _mean(scaled, label, section).to(zero.dtype)
     if weights.forces > 0:
-        forces = _mean(prediction.forces - graph.forces.to(zero.dtype), graph.forces, section)
+        error = prediction.forces - graph.forces.to(zero.dtype)
+        term, squares["forces"] = _term(error, graph.forces, section)
+        total = total + weights.forces * term
     if weights.stress > 0 and prediction.stress is not None:
-        stress = _mean(prediction.stress - graph.stress.to(zero.dtype), graph.stress, section)
-    total = weights.energy * energy + weights.forces * forces + weights.stress * stress
-    return LossTerms(total, energy.detach(), forces.detach(), stress.detach())
+        predicted, label = prediction.stress, stress_labels(graph)
+        if "unrotated_stress" in graph:
+            predicted = rotate_back_tensor(predicted, graph.rotations.to(zero.dtype))
+        error = (predicted - label.to(zero.dtype)).flatten(1)
+        term, squares["stress"] = _term(error, label.flatten(1), section)
+        total = total + weights.stress * term
+    return LossTerms(total, **squares)
 
 
-def _mean(error: Tensor, label: Tensor, section: LossSection) -> Tensor:
+_POWERS = {True: 0.0, "sqrt": 0.5, False: 1.0}
+"""Of N, which the error per atom is multiplied with."""
+
+
+def stress_labels(graph: AtomGraph) -> Tensor:
+    """Stress labels (S, 3, 3), NaN where there is no volume; in the axes of the data where ``rotate_graph`` says so."""
+    label = graph.unrotated_stress if "unrotated_stress" in graph else graph.stress
+    return torch.where(graph.volume[:, None, None] > 0, label, torch.nan)
+
+
+def _term(error: Tensor, label: Tensor, section: LossSection) -> tuple[Tensor, Tensor]:
+    """Means of ρ and of squares."""
+    term = _mean(error, label, section)
+    return term, term.detach() if section.kind == "mse" else _mean(error.detach(), label)
+
+
+def _mean(error: Tensor, label: Tensor, section: LossSection | None = None) -> Tensor:
+    """Mean of ρ over known labels, of errors (n, components); of squares without ``section``."""
+    kind = "mse" if section is None else section.kind
     known = ~torch.isnan(label)
     if not bool(known.all()):
-        error = error[known]
-        if error.numel() == 0:
+        if not bool(known.any()):
             return error.new_zeros(())
-    if section.kind == "mse":
+        rows = known.any(dim=1)
+        # What is not known is zero in a length, and left out elsewhere.
+        error = torch.where(known, error, 0.0)[rows] if kind == "mae" else error[known]
+    if kind == "mae":
+        return torch.linalg.vector_norm(error, dim=1).mean()
+    if section is None or kind == "mse":
         return error.square().mean()
     size, delta = error.abs(), section.huber_delta
     return torch.where(size <= delta, size.square(), delta * (2 * size - delta)).mean()

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from equimd.errors import InputError
-from equimd.models.checkpoint import ModelSettings
+from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, list_potentials, read_tensors
 from equimd.training.sections import (
     AugmentationSection,
     BatchSection,
@@ -20,6 +20,7 @@ from equimd.training.sections import (
     DataSection,
     EarlyStoppingSection,
     EMASection,
+    InitSection,
     LossSection,
     OptimizerSection,
     ScheduleSection,
@@ -35,6 +36,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     model: ModelSettings
     data: DataSection
+    init_from: InitSection | None = Field(None, description="a checkpoint; its name is enough")
     loss: LossSection = LossSection()
     augmentation: AugmentationSection = AugmentationSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -55,10 +57,22 @@ class Recipe(Section):
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _name_is_enough(cls, value: Any) -> Any:
+        return {"checkpoint": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _length(self) -> "Recipe":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
+        if self.early_stopping and self.schedule.kind == "plateau":
+            patience, wait = self.early_stopping.patience, self.schedule.patience
+            if patience <= wait:
+                raise ValueError(
+                    f"early_stopping.patience is {patience}, schedule.patience {wait}: it would stop before lr is"
+                    f" reduced; more than {wait} is accepted"
+                )
         return self
 
     @property
@@ -105,12 +119,32 @@ def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str
     Raises:
         InputError: one line for the first problem: an unknown key with the nearest one, a value out of range.
     """
+    values = _with_model_of_parent(dict(values), Path(folder))
     try:
-        recipe = Recipe.model_validate(dict(values))
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     recipe._folder = Path(folder)
     return recipe
+
+
+def parent_file(checkpoint: str, folder: Path) -> Path:
+    """The file of a potential that is shipped under this name, or that lies at this path, relative to ``folder``."""
+    found = find_potential(checkpoint if checkpoint in list_potentials() else folder / checkpoint)
+    return found / MODEL_FILE if found.is_dir() else found
+
+
+def _with_model_of_parent(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Recipe values whose settings of the model, where not given, are those of the checkpoint of ``init_from``."""
+    parent, model = values.get("init_from"), values.get("model") or {}
+    if isinstance(parent, Mapping):
+        parent = parent.get("checkpoint")
+    if not isinstance(parent, str) or not parent or not isinstance(model, Mapping):
+        return values
+    settings = read_tensors(parent_file(parent, folder))[0].get("settings", {})
+    if model.get("family", settings.get("family")) == settings.get("family"):
+        model = {**settings, **model}
+    return {**values, "model": dict(model)}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,6 +11,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _refuse_settings_of_others(section: Section, choice: str, users: dict[str, str]) -> None:
+    """Refuse a setting that is not its default where ``choice`` is not the one that uses it."""
+    chosen = getattr(section, choice)
+    for name, user in users.items():
+        value = getattr(section, name)
+        if user != chosen and value != type(section).model_fields[name].default:
+            raise ValueError(f"{name} is {value:g}, which is for {choice} {user!r}; {choice} is {chosen!r}")
+
+
 class DataSection(Section):
     """Labelled frames."""
 
@@ -29,7 +38,7 @@ class DataSection(Section):
 
 
 class LossWeights(Section):
-    """Weights of the mean squared (or Huber) errors in eV/atom, eV/Å and eV/Å³."""
+    """Weights of the mean errors, in the units that loss.py states."""
 
     energy: float = Field(default=1.0, ge=0)
     forces: float = Field(default=1.0, ge=0)
@@ -42,12 +51,46 @@ class LastWeights(LossWeights):
     fraction: float = Field(default=0.2, gt=0, lt=1, description="the part of the training that is the last one")
 
 
-class LossSection(LossWeights):
-    """The loss; see loss.py."""
+class LossStage(Section):
+    """Weights from ``start`` on; one that is not given stays what it was."""
 
-    kind: Literal["mse", "huber"] = "mse"
+    start: float = Field(ge=0, lt=1, description="fraction of the training that is done")
+    energy: float | None = Field(default=None, ge=0)
+    forces: float | None = Field(default=None, ge=0)
+    stress: float | None = Field(default=None, ge=0)
+
+
+class LossSection(LossWeights):
+    """The loss; see loss.py. Its own weights are those of the beginning, ``stages`` and ``last`` change them."""
+
+    kind: Literal["mse", "huber", "mae"] = "mse"
     huber_delta: float = Field(default=0.01, gt=0, description="in the units of the error")
+    energy_per_atom: bool | Literal["sqrt"] = Field(
+        default=True, description="what divides the error of an energy: N (true), 1 (false) or √N"
+    )
+    stages: list[LossStage] = []
     last: LastWeights | None = None
+    ramp: float = Field(default=0.0, ge=0, le=1, description="part of the training in which weights move to a stage's")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "LossSection":
+        starts = [stage.start for stage in self.all_stages]
+        if starts != sorted(set(starts)):
+            listed = ", ".join(f"{start:g}" for start in starts)
+            raise ValueError(f"stages (last included) start at {listed}; accepted are starts that ascend")
+        return self
+
+    @property
+    def all_stages(self) -> list[LossStage]:
+        """``stages``, then ``last`` as one of them."""
+        if self.last is None:
+            return self.stages
+        weights = self.last.model_dump(exclude={"fraction"})
+        return [*self.stages, LossStage(start=1.0 - self.last.fraction, **weights)]
+
+    def largest(self, term: str) -> float:
+        """The largest weight that a term ever has."""
+        return max([getattr(self, term), *(getattr(stage, term) or 0.0 for stage in self.all_stages)])
 
 
 class AugmentationSection(Section):
@@ -64,22 +107,53 @@ class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=2e-3, gt=0)
     muon_lr: float | None = Field(default=None, gt=0, description="for matrices under Muon; None takes lr")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; neither of biases nor of embeddings")
     gradient_clip: float | None = Field(default=10.0, gt=0, description="largest norm of the gradient")
+
+    @model_validator(mode="after")
+    def _of_its_name(self) -> "OptimizerSection":
+        _refuse_settings_of_others(self, "name", {"muon_lr": "muon", "muon_momentum": "muon"})
+        return self
 
 
 class ScheduleSection(Section):
-    """Linear warm-up, then a cosine from lr down to final · lr."""
+    """The learning rate: linear warm-up, then as ``kind`` says; see schedule.py."""
 
+    kind: Literal["cosine", "linear", "constant", "wsd", "plateau"] = "cosine"
     warmup_steps: int = Field(default=100, ge=0)
-    final: float = Field(default=0.01, ge=0, le=1)
+    final: float = Field(default=0.01, ge=0, le=1, description="of lr: at the end, or at the least for plateau")
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last part, in which lr decays")
+    factor: float = Field(default=0.5, gt=0, lt=1, description="plateau: what lr is multiplied with")
+    patience: int = Field(default=5, ge=1, description="plateau: validations without a better metric before that")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "ScheduleSection":
+        users = {"decay_fraction": "wsd", "factor": "plateau", "patience": "plateau"}
+        _refuse_settings_of_others(self, "kind", users)
+        return self
 
 
 class EMASection(Section):
-    """Exponential moving average of the weights; it is what is validated and saved."""
+    """Average of the weights; it is what is validated and saved. decay 0 switches it off."""
 
     decay: float = Field(default=0.999, ge=0, lt=1)
+    fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="instead of decay: mean age of the averaged weights, as a fraction of the steps done so far",
+    )
+
+
+class InitSection(Section):
+    """Start from the weights of a checkpoint; see initial.py."""
+
+    checkpoint: str = Field(min_length=1, description="name of a potential, or path of its folder or file")
+    freeze: list[str] = Field(default=[], description="embedding, layers, readout, or patterns of parameters' names")
+    keep_elements: bool = Field(default=False, description="keep elements that the training set lacks")
+    shift: Literal["auto", "refit", "keep"] = "auto"
 
 
 class BatchSection(Section):

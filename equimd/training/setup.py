@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from equimd.errors import InputError
-from equimd.models.checkpoint import build_potential
-from equimd.models.equivariant import EquivariantSettings
 from equimd.models.potential import Potential
 from equimd.models.selfcheck import check_training_kernels
 from equimd.training.data import FrameSet, build_frame_set, file_sha256, load_frames, statistics, subset
+from equimd.training.initial import make_potential
 from equimd.training.recipe import Recipe
+from equimd.training.schedule import EXTENDABLE
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Setup:
 
 
 def prepare(recipe: Recipe) -> Setup:
-    """Read the data, build the potential from the recipe's seed, scale it with the statistics of the training set."""
+    """Read the data, make the potential that the recipe begins with."""
     device = _device(recipe.device)
     energies = recipe.isolated_atom_energies()
     sets, sha256 = {}, {}
@@ -50,20 +50,13 @@ def prepare(recipe: Recipe) -> Setup:
             frames = [frames[k] for k in chosen]
         sets[split] = build_frame_set(frames, recipe.model.cutoff, energies, str(path))
     train = sets["train"]
-    _check_labels(recipe, train)
+    _check_labels(recipe, train, sets["valid"])
     _check_species(sets, train)
-    numbers = statistics(train, energies)
-    settings = recipe.model
-    if isinstance(settings, EquivariantSettings) and settings.avg_num_neighbors is None:
-        settings = settings.model_copy(update={"avg_num_neighbors": round(max(numbers.mean_neighbors, 1e-3), 6)})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        potential = build_potential(settings, train.species, {z: energies[z] for z in train.species})
-    potential.set_scale_shift({z: numbers.force_rms for z in train.species}, numbers.shift)
-    potential = potential.to(device=device, dtype=getattr(torch, recipe.dtype))
+    potential, ancestry = make_potential(recipe, train, energies, statistics(train, energies))
+    potential = potential.to(device=device)
     check_training_kernels(potential)
     resolved = recipe.model_dump(mode="json")
-    resolved["model"] = settings.model_dump(mode="json")
+    resolved["model"] = potential.settings.model_dump(mode="json")
     resolved["data"]["isolated_atom_energies"] = recipe.isolated_atom_energies_by_symbol()
     header = {
         "name": recipe.name,
@@ -73,11 +66,15 @@ def prepare(recipe: Recipe) -> Setup:
         "reference": recipe.data.reference,
         "charge": recipe.data.charge,
         "multiplicity": recipe.data.multiplicity,
+        **({"ancestry": ancestry} if ancestry else {}),
     }
     free = ("checkpoint", "device", "max_minutes", "n_threads")  # may change between sessions
+    if recipe.schedule.kind in EXTENDABLE:
+        free += ("epochs", "steps")
     identity = {
         "recipe": {key: value for key, value in resolved.items() if key not in free},
         "data_sha256": sha256,
+        "ancestry": ancestry,
     }
     return Setup(
         train=train.to(device),
@@ -92,15 +89,20 @@ def prepare(recipe: Recipe) -> Setup:
     )
 
 
-def _check_labels(recipe: Recipe, train: FrameSet) -> None:
-    last = recipe.loss.last
+def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
     for term in ("energy", "forces", "stress"):
-        weight = max(getattr(recipe.loss, term), getattr(last, term) if last else 0.0)
+        weight = recipe.loss.largest(term)
         if weight > 0 and not train.has(term):
             raise InputError(
                 f"loss.{term} is {weight:g} but {recipe.data.train} has no {term} labels; set it to 0 or name the"
                 " labels in data.keys"
             )
+    metric = recipe.validation.metric
+    if not valid.has("forces" if metric.startswith("force") else "energy"):
+        raise InputError(
+            f"validation.metric is {metric!r} but {recipe.data.valid} has no such labels; accepted is one of"
+            " force_mae, force_rmse, energy_mae, energy_rmse that it has labels for"
+        )
 
 
 def _check_species(sets: dict[str, FrameSet], train: FrameSet) -> None:

@@ -21,8 +21,8 @@ class Progress(BaseModel):
     """Counters of a training; everything that the loop needs besides tensors.
 
     step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
-    since the last validation. best is the metric of the best validation, ``stale`` the validations since; rows those of
-    metrics.csv.
+    since the last validation. best is the metric of the best validation, ``stale`` the validations since, ``waited``
+    those since the learning rate was ``reduced``; rows are those of metrics.csv.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,6 +37,8 @@ class Progress(BaseModel):
     best: float | None = None
     best_step: int = 0
     stale: int = 0
+    reduced: float = 1.0
+    waited: int = 0
     device_hours: float = 0.0
     sessions: int = 0
     rows: int = 0

@@ -10,6 +10,7 @@ from equimd.models.potential import Potential
 from equimd.results import Block
 from equimd.training.data import FrameSet
 from equimd.training.dynamics import SymmetryRecord, symmetry_record, symmetry_sample
+from equimd.training.loss import stress_labels
 from equimd.training.sections import ValidationSection
 
 _EDGES_PER_BATCH = 12_000
@@ -38,21 +39,23 @@ class Errors(Block):
 
 def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
     """Errors of ``potential`` on all of ``frames``."""
-    energy, forces, tensors = [], [], []
+    energy, per_atom, forces, tensors = [], [], [], []
     for graph in graph_batches(frames):
         prediction = potential(graph, stress=stress)
-        energy.append(prediction.energy - graph.energy)
-        forces.append(prediction.forces.to(torch.float64) - graph.forces)
+        n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems)
+        known = ~torch.isnan(graph.energy)
+        energy.append((prediction.energy - graph.energy)[known])
+        per_atom.append(energy[-1] / n_atoms[known])
+        forces.append((prediction.forces.to(torch.float64) - graph.forces)[~torch.isnan(graph.forces)])
         if prediction.stress is not None:
-            tensors.append(prediction.stress.to(torch.float64) - graph.stress)
-    total = torch.cat(energy)
-    per_atom = _summary(total / frames.n_atoms)
-    force, sigma = _summary(torch.cat(forces)), _summary(torch.cat(tensors)) if tensors else (None, None)
+            label = stress_labels(graph)
+            tensors.append((prediction.stress.to(torch.float64) - label)[~torch.isnan(label)])
+    per_atom, force, sigma = (_summary(errors) for errors in (per_atom, forces, tensors))
     return Errors(
         n_frames=len(frames),
         energy_per_atom_mae=per_atom[0],
         energy_per_atom_rmse=per_atom[1],
-        energy_mae=_summary(total)[0],
+        energy_mae=_summary(energy)[0],
         force_mae=force[0],
         force_rmse=force[1],
         stress_mae=sigma[0],
@@ -78,9 +81,9 @@ def validate_symmetry(potential: Potential, frames: FrameSet, section: Validatio
     return symmetry_record(lambda graph: potential(graph).forces, [frames.batch(which)], symmetry_sample(section))
 
 
-def _summary(error: Tensor) -> tuple[float | None, float | None]:
-    """MAE and RMSE over the components that have labels."""
-    known = error[~torch.isnan(error)]
-    if known.numel() == 0:
+def _summary(errors: list[Tensor]) -> tuple[float | None, float | None]:
+    """MAE and RMSE of the components that have labels; NaN where a prediction is."""
+    if not any(error.numel() for error in errors):
         return None, None
-    return float(known.abs().mean()), float(known.square().mean().sqrt())
+    error = torch.cat(errors)
+    return float(error.abs().mean()), float(error.square().mean().sqrt())
