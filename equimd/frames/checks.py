@@ -107,10 +107,10 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
             energies.append(labels["energy"] / len(atoms))
             lowest.append(-22.0 * float((atoms.numbers.astype(float) ** (7 / 3)).mean()) - 20.0)
         if labels["stress"] is not None:
-            stress = max(stress, float(np.abs(labels["stress"]).max()))
+            stress = max(stress, float(np.nanmax(np.abs(labels["stress"]), initial=0.0)))
             if atoms.info.get("stress_from") == "virial" and labels["forces"] is not None:
                 force = float(np.sqrt((labels["forces"] ** 2).mean()))
-                work = float(np.abs(labels["stress"]).max()) * atoms.cell.volume / len(atoms)
+                work = float(np.nanmax(np.abs(labels["stress"]), initial=0.0)) * atoms.cell.volume / len(atoms)
                 if force > 0.05:
                     virial_ratios.append(work / force)
     messages = _energy_messages(np.array(energies), np.array(lowest))
