@@ -15,6 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
+from equimd.frames.checks import N_CHECKED, check_plausible
 from equimd.frames.fingerprints import WIDTH, fingerprints
 from equimd.frames.labels import labels_of, not_finite
 from equimd.neighbors import neighbor_list
@@ -93,7 +94,8 @@ class Packer:
 
     ``meta`` of the result: format; files (frames of each file); cutoff in Å; species; n_labelled (frames with energy,
     forces, stress); isolated_atoms (energies in eV by atomic number, of single atoms with ``config_type=IsolatedAtom``,
-    which are set aside); not_finite ([index, what]; only of frames that were read with ``finite=False``).
+    which are set aside); implausible ([file, message] about its first frames, see ``check_plausible``); not_finite
+    ([index, what]; only of frames that were read with ``finite=False``).
     """
 
     def __init__(self, cutoff: float, folder: Callable[[], Path], in_memory: int = IN_MEMORY) -> None:
@@ -106,6 +108,7 @@ class Packer:
         self._n_labelled = {"energy": 0, "forces": 0, "stress": 0}
         self._isolated: dict[int, float] = {}
         self._not_finite: list[tuple[int, str]] = []
+        self._implausible: list[tuple[int, str]] = []
 
     def __enter__(self) -> "Packer":
         return self
@@ -114,14 +117,14 @@ class Packer:
         if self._writer is not None:
             self._writer.close()
 
-    def add_file(self, frames: Iterable[tuple[int, Atoms]], n_frames: int, name: str) -> None:
-        """Frames of one file with their indices in it; ``n_frames`` are those of the whole file.
+    def add_file(self, frames: Iterable[tuple[int, Atoms]], name: str, n_frames: int | None = None) -> None:
+        """Frames of one file with their indices in it; ``n_frames`` of the whole file, where not all of them come.
 
         Raises:
             InputError: for positions, a cell or labels that make no sense, with the frame.
             OSError: where the folder cannot be written.
         """
-        first = sum(self._files)
+        first, index, is_first = sum(self._files), -1, True
         held: list[tuple[int, Atoms]] = []
         for index, atoms in frames:
             if is_isolated_atom(atoms):
@@ -129,13 +132,13 @@ class Packer:
                 if energy is not None:
                     self._isolated[int(atoms.numbers[0])] = energy
                 continue
-            held.append((first + index, atoms))
+            held.append((index, atoms))
             if len(held) == FRAMES_PER_CHUNK:
-                self._append(held, first, name)
-                held = []
+                self._append(held, first, name, is_first)
+                held, is_first = [], False
         if held:
-            self._append(held, first, name)
-        self._files.append(n_frames)
+            self._append(held, first, name, is_first)
+        self._files.append(index + 1 if n_frames is None else n_frames)
 
     def finish(self, **extra: Any) -> FrameArrays:
         """The arrays; in files, everything is on the disk when this returns."""
@@ -146,6 +149,7 @@ class Packer:
             "species": sorted(self._species),
             "n_labelled": self._n_labelled,
             "isolated_atoms": {str(number): energy for number, energy in sorted(self._isolated.items())},
+            "implausible": self._implausible,
             "not_finite": self._not_finite,
             **extra,
         }
@@ -159,8 +163,14 @@ class Packer:
         }
         return FrameArrays(joined, meta)
 
-    def _append(self, frames: list[tuple[int, Atoms]], first: int, name: str) -> None:
-        chunk, bad = pack(frames, self.cutoff, lambda index: f"{name}, frame {index - first}")
+    def _append(self, frames: list[tuple[int, Atoms]], first: int, name: str, is_first: bool) -> None:
+        if is_first:
+            checked = frames[:N_CHECKED]
+            messages = check_plausible([atoms for _, atoms in checked], [index for index, _ in checked])
+            self._implausible += [(len(self._files), message) for message in messages]
+        chunk, bad = pack(frames, self.cutoff, name)
+        chunk["index"] += first
+        bad = [(first + index, what) for index, what in bad]
         self._not_finite += bad
         self._species.update(np.unique(chunk["numbers"]).tolist())
         owner = np.repeat(np.arange(len(frames)), chunk["n_atoms"])
@@ -188,15 +198,15 @@ def is_isolated_atom(atoms: Atoms) -> bool:
 
 
 def pack(
-    frames: list[tuple[int, Atoms]], cutoff: float, where: Callable[[int], str]
+    frames: list[tuple[int, Atoms]], cutoff: float, name: str
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
-    """The arrays of a chunk of frames, and which labels are not finite."""
+    """The arrays of a chunk of frames with their indices, and which labels are not finite; ``name`` is the file's."""
     lists: dict[str, list[Any]] = {name: [] for name in FIELDS}
     bad: list[tuple[int, str]] = []
     for index, atoms in frames:
         positions, cell, pbc = atoms.positions, atoms.cell.array, np.asarray(atoms.pbc, dtype=bool)
         if len(atoms) == 0:
-            raise InputError(f"{where(index)}: the frame is empty (0 atoms); accepted: 1 or more")
+            raise InputError(f"{name}, frame {index}: the frame is empty (0 atoms); accepted: 1 or more")
         labels = labels_of(atoms)
         for label in ("energy", "forces"):
             value = labels[label]
@@ -205,7 +215,7 @@ def pack(
         try:
             edges, shifts = neighbor_list(positions, cell, pbc, cutoff)
         except InputError as error:
-            raise InputError(f"{where(index)}: {error}") from error
+            raise InputError(f"{name}, frame {index}: {error}") from error
         row = {"positions": positions, "numbers": atoms.numbers, "cell": cell[None], "pbc": pbc[None]}
         row |= {"edges": edges.T, "shifts": shifts, "index": [index], "n_atoms": [len(atoms)], "n_edges": [len(shifts)]}
         row |= {"energy": _or_nan(labels["energy"], (1,)), "forces": _or_nan(labels["forces"], (len(atoms), 3))}

@@ -52,7 +52,7 @@ def duplicates_between(known: "FrameArrays", others: "FrameArrays") -> list[tupl
 
     Both must have been packed with one cutoff. Memory is that of the fingerprints.
     """
-    return [(k, next(originals)) for k, originals in _search(known, others)]
+    return [(k, originals[0]) for k, originals in _search(known, others)]
 
 
 def duplicates_within(frames: "FrameArrays") -> list[tuple[int, int]]:
@@ -71,13 +71,13 @@ def duplicates_within(frames: "FrameArrays") -> list[tuple[int, int]]:
     return [(k, root(k)) for k in sorted(first) if root(k) != k]
 
 
-def _search(known: "FrameArrays", others: "FrameArrays") -> Iterator[tuple[int, Iterator[int]]]:
+def _search(known: "FrameArrays", others: "FrameArrays") -> Iterator[tuple[int, list[int]]]:
     """Every frame of ``others`` with an equal in ``known`` that is not itself, and those equals."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if not len(known) or not len(others):
         return
-    tree = cKDTree(np.asarray(known["fingerprint"]))
+    tree = KDTree(np.asarray(known["fingerprint"]))
     count = min(_N_CANDIDATES, len(known))
     for frames, _, _ in others.chunks():
         distances, places = tree.query(np.asarray(others["fingerprint"][frames]), k=count)
@@ -90,7 +90,7 @@ def _search(known: "FrameArrays", others: "FrameArrays") -> Iterator[tuple[int, 
             candidates = [p for p in sorted(places[row][near[row]].tolist()) if known is not others or p != k]
             equals = [p for p in candidates if _equal(known, p, others, k)]
             if equals:
-                yield k, iter(equals)
+                yield k, equals
 
 
 def _equal(a: "FrameArrays", p: int, b: "FrameArrays", q: int) -> bool:

@@ -10,11 +10,10 @@ from ase import Atoms
 
 from equimd.errors import InputError
 from equimd.frames import extxyz, tables
-from equimd.frames.checks import check_plausible
+from equimd.frames.checks import N_CHECKED, check_plausible
 from equimd.frames.labels import DEFAULT_KEYS, DEFAULT_UNITS, LabelKeys, UnitSpec, attach_labels
 from equimd.frames.transaction import recover
 
-N_CHECKED = 64
 XYZ_SUFFIXES = (".xyz", ".extxyz")
 MDTRAJ_SUFFIXES = (".dcd", ".xtc", ".trr")
 HDF5_SUFFIXES = (".h5", ".h5md", ".hdf5")

@@ -25,7 +25,7 @@ def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) ->
     """
     from ase.db import connect
 
-    database = connect(path)
+    database: Any = connect(path)
     spec = unit_spec or _database_units(path, dict(database.metadata))
     for index, row in enumerate(database.select()):
         yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
