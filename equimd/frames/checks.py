@@ -10,6 +10,7 @@ from equimd.errors import InputError
 from equimd.frames.labels import labels_of
 
 MINIMUM_DISTANCE = 0.5
+N_CHECKED = 64  # frames of a file that are looked at
 COINCIDENT_DISTANCE = 0.01
 _PAIR_LIMIT = 1500
 
@@ -82,8 +83,10 @@ def closest_pair(atoms: Atoms) -> tuple[tuple[int, int], float]:
     return (int(edges[0, edge]), int(edges[1, edge])), float(distances[edge])
 
 
-def check_plausible(frames: Iterable[Atoms]) -> list[str]:
+def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = None) -> list[str]:
     """Warnings, one line each, about labels and distances that look as if their units were others; empty if none do.
+
+    They name frames by ``indices``, or count them.
 
     Thresholds: forces of thermal structures near equilibrium have an RMS of 0.3 to 4 eV/Å (the same number in kcal/mol
     per Å is 23 times as large), stresses stay below 1.5 eV/Å³ (240 GPa), energies per atom lie between that of all
@@ -92,10 +95,12 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
     squares, components, n_forces = 0.0, 0, 0
     energies: list[float] = []
     lowest: list[float] = []
+    with_energy: list[int] = []
     stress = 0.0
     virial_ratios: list[float] = []
     closest = (float("inf"), 0)
-    for index, atoms in enumerate(frames):
+    for place, atoms in enumerate(frames):
+        index = place if indices is None else indices[place]
         distance = closest_pair(atoms)[1] if np.isfinite(atoms.positions).all() else 0.0
         closest = min(closest, (distance, index))
         labels = labels_of(atoms)
@@ -104,16 +109,17 @@ def check_plausible(frames: Iterable[Atoms]) -> list[str]:
             components += labels["forces"].size
             n_forces += 1
         if labels["energy"] is not None and len(atoms):
+            with_energy.append(index)
             energies.append(labels["energy"] / len(atoms))
             lowest.append(-22.0 * float((atoms.numbers.astype(float) ** (7 / 3)).mean()) - 20.0)
         if labels["stress"] is not None:
-            stress = max(stress, float(np.abs(labels["stress"]).max()))
+            stress = max(stress, float(np.nanmax(np.abs(labels["stress"]), initial=0.0)))
             if atoms.info.get("stress_from") == "virial" and labels["forces"] is not None:
                 force = float(np.sqrt((labels["forces"] ** 2).mean()))
-                work = float(np.abs(labels["stress"]).max()) * atoms.cell.volume / len(atoms)
+                work = float(np.nanmax(np.abs(labels["stress"]), initial=0.0)) * atoms.cell.volume / len(atoms)
                 if force > 0.05:
                     virial_ratios.append(work / force)
-    messages = _energy_messages(np.array(energies), np.array(lowest))
+    messages = _energy_messages(np.array(energies), np.array(lowest), with_energy)
     if components:
         messages += _force_messages(float(np.sqrt(squares / components)), n_forces)
     if stress > 1.5:
@@ -145,13 +151,13 @@ def _force_messages(rms: float, n_frames: int) -> list[str]:
     return []
 
 
-def _energy_messages(per_atom: np.ndarray, lowest: np.ndarray) -> list[str]:
+def _energy_messages(per_atom: np.ndarray, lowest: np.ndarray, indices: Sequence[int]) -> list[str]:
     if per_atom.size == 0:
         return []
     if (per_atom < lowest).any() or (per_atom > 50.0).any():
         worst = int((per_atom / lowest).argmax()) if (per_atom < lowest).any() else int(per_atom.argmax())
         return [
-            f"the energy of frame {worst} is {per_atom[worst]:.4g} eV per atom: is it in kcal/mol or kJ/mol?"
+            f"the energy of frame {indices[worst]} is {per_atom[worst]:.4g} eV per atom: is it in kcal/mol or kJ/mol?"
             ' see UnitSpec(energy="kcal/mol")'
         ]
     return []

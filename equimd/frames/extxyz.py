@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -27,8 +27,10 @@ def open_text(path: Path) -> IO[str]:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
 
 
-def iterate(path: Path) -> Iterator[Atoms]:
+def iterate(path: Path, keep: Callable[[int, int], bool] | None = None) -> Iterator[Atoms | None]:
     """Frames as the file has them, labels still in `info` and `arrays`.
+
+    Where `keep` (index, number of atoms) says no, the lines are stepped over and None takes the frame's place.
 
     Raises:
         InputError: for a truncated or malformed file, with the frame.
@@ -36,8 +38,12 @@ def iterate(path: Path) -> Iterator[Atoms]:
     with open_text(path) as stream:
         index = 0
         try:
-            while (atoms := _read_frame(stream, f"{path}, frame {index}")) is not None:
-                yield atoms
+            while (n_atoms := _atom_count(stream, f"{path}, frame {index}")) is not None:
+                if keep is None or keep(index, n_atoms):
+                    yield _read_frame(stream, n_atoms, f"{path}, frame {index}")
+                else:
+                    _step_over(stream, n_atoms, f"{path}, frame {index}")
+                    yield None
                 index += 1
         except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{path}, frame {index}: cannot be read ({error}); accepted: a whole xyz file") from error
@@ -53,9 +59,7 @@ def count(path: Path) -> int:
     with open_text(path) as stream:
         try:
             while (n_atoms := _atom_count(stream, f"{path}, frame {frames}")) is not None:
-                for _ in range(n_atoms + 1):
-                    if not stream.readline():
-                        raise InputError(f"{path}, frame {frames}: the file ends within it; accepted: a whole file")
+                _step_over(stream, n_atoms, f"{path}, frame {frames}")
                 frames += 1
         except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{path}, frame {frames}: cannot be read ({error}); accepted: a whole xyz file") from error
@@ -78,10 +82,13 @@ def _atom_count(stream: IO[str], where: str) -> int | None:
     return n_atoms
 
 
-def _read_frame(stream: IO[str], where: str) -> Atoms | None:
-    n_atoms = _atom_count(stream, where)
-    if n_atoms is None:
-        return None
+def _step_over(stream: IO[str], n_atoms: int, where: str) -> None:
+    for _ in range(n_atoms + 1):
+        if not stream.readline():
+            raise InputError(f"{where}: the file ends within it; accepted: a whole file")
+
+
+def _read_frame(stream: IO[str], n_atoms: int, where: str) -> Atoms:
     info = _comment(stream.readline().strip())
     columns = _columns(str(info.pop("Properties", _DEFAULT_PROPERTIES)), where)
     width = sum(n for _, _, n in columns)

@@ -20,6 +20,7 @@ from equimd.frames.transaction import recover
 FRAMES_PER_CHUNK = 100
 _BASES = {"angstrom": 1.0, "a": 1.0, "å": 1.0, "nm": units.NM, "pm": 0.01, "bohr": units.BOHR}
 _BASES |= {"fs": 1.0, "ps": 1000.0, "ns": 1e6, "ev": 1.0, "mev": 1e-3, "hartree": units.HARTREE, "k": 1.0, "u": 1.0}
+_BASES |= {"bohrs": units.BOHR, "ang": 1.0, "angstroms": 1.0, "ha": units.HARTREE}
 _BASES |= {"eh": units.HARTREE, "kj": units.KJ_PER_MOL, "kcal": units.KCAL_PER_MOL, "mol": 1.0, "amu": 1.0}
 _BASES |= {"gpa": units.GPA, "kbar": units.KBAR, "bar": units.BAR}
 
@@ -255,12 +256,15 @@ def _clock(item: Any, n: int) -> np.ndarray:
 
 
 def unit_factor(text: str, where: str) -> float:
-    """The factor from a unit such as `kJ mol-1 nm-1` to equimd's.
+    """The factor from a unit such as `kJ mol-1 nm-1` or `hartree/bohr` to equimd's.
 
     Raises:
         InputError: for a unit that is not known.
     """
+    text, *divisors = text.replace("³", "3").split("/")
     factor = 1.0
+    for divisor in divisors:
+        factor /= unit_factor(divisor, where)
     for token in text.replace("**", "").replace("^", "").replace("*", " ").split():
         base = token.rstrip("+-0123456789")
         exponent = token[len(base) :] or "1"

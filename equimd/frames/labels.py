@@ -78,7 +78,8 @@ class LabelKeys:
     """Names of the labels in a file (None: look for the usual names) and the convention of its stress.
 
     VASP's OUTCAR stress is `UnitSpec(stress="kbar")` with `LabelKeys(voigt="vasp", stress_sign=-1)`. A virial
-    (W = −V σ, in energy units) is used where no stress is given.
+    (W = −V σ, in energy units) is used where no stress is given. Labels must be finite, but for components of a
+    stress that are NaN, which say that they are not known; without `finite` all are passed on as they are.
     """
 
     energy: str | None = None
@@ -87,6 +88,7 @@ class LabelKeys:
     virial: str | None = None
     voigt: Literal["ase", "vasp"] = "ase"
     stress_sign: Literal[1, -1] = 1
+    finite: bool = True
 
 
 DEFAULT_UNITS = UnitSpec()
@@ -142,19 +144,19 @@ def collect_labels(
     if energy is None and keys.energy is None:
         energy = last_resort
     if energy is not None:
-        results["energy"] = float(_numbers(energy, (), "energy", where)) * units_.energy_factor
+        results["energy"] = float(_numbers(energy, (), "energy", where, keys.finite)) * units_.energy_factor
     forces = _find(arrays, keys.forces, FORCES_NAMES, where, remove)
     if forces is not None:
-        results["forces"] = _numbers(forces, (len(atoms), 3), "forces", where) * units_.force_factor
+        results["forces"] = _numbers(forces, (len(atoms), 3), "forces", where, keys.finite) * units_.force_factor
     stress = _find(info, keys.stress, STRESS_NAMES, where, remove)
     virial = _find(info, keys.virial, VIRIAL_NAMES, where, remove)
     # A stress needs a volume: a molecule in a large box that is not periodic has none.
     if atoms.pbc.any() and abs(atoms.cell.volume) > 0:
         if stress is not None:
-            tensor = _tensor(stress, keys.voigt, "stress", where)
+            tensor = _tensor(stress, keys, "stress", where)
             results["stress"] = to_voigt(tensor * units_.stress_factor * keys.stress_sign)
         elif virial is not None:
-            tensor = _tensor(virial, keys.voigt, "virial", where)
+            tensor = _tensor(virial, keys, "virial", where)
             results["stress"] = to_voigt(-tensor * units_.energy_factor / abs(atoms.cell.volume))
             if remove:
                 info["stress_from"] = "virial"
@@ -178,25 +180,35 @@ def _find(store: dict, key: str | None, names: Iterable[str], where: str, remove
     return values[0] if values else None
 
 
-def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
+def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str, finite: bool = True) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(f"{where}: {what} is {str(value)[:40]!r}; accepted: numbers") from None
     if array.shape != shape:
         raise InputError(f"{where}: {what} has shape {array.shape}; accepted: {shape}")
-    if not np.isfinite(array).all():
-        raise InputError(f"{where}: {what} has a value that is not finite; accepted: finite numbers")
+    if finite and not np.isfinite(array).all():
+        raise InputError(f"{where}: {not_finite(what, array)}; accepted: finite numbers, or no {what} at all")
     return array
 
 
-def _tensor(value: Any, voigt: str, what: str, where: str) -> np.ndarray:
-    """A (3, 3) tensor from nine components or from six in the order of the convention."""
-    size = np.size(value)
-    if size == 9:
-        return _numbers(np.reshape(value, (3, 3)), (3, 3), what, where)
-    components = _numbers(value, (6,), what, where)
-    return from_voigt(components[list(VOIGT_ORDERS[voigt])])
+def not_finite(what: str, array: np.ndarray) -> str:
+    """Says which number of a label is the first that is not finite."""
+    place = np.argwhere(~np.isfinite(array))[0]
+    of = f" of atom {place[0]}" if what == "forces" else ""
+    return f"{what}{of} has a value that is not finite ({array[tuple(place)]})"
+
+
+def _tensor(value: Any, keys: LabelKeys, what: str, where: str) -> np.ndarray:
+    """A (3, 3) tensor from nine components or from six in the order of the convention; some may be NaN."""
+    if np.size(value) == 9:
+        tensor = _numbers(np.reshape(value, (3, 3)), (3, 3), what, where, finite=False)
+    else:
+        components = _numbers(value, (6,), what, where, finite=False)
+        tensor = from_voigt(components[list(VOIGT_ORDERS[keys.voigt])])
+    if keys.finite and np.isinf(tensor).any():
+        raise InputError(f"{where}: {what} has an infinite component; accepted: finite numbers, NaN where unknown")
+    return tensor
 
 
 def to_voigt(tensor: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,17 @@ from ase import Atoms
 
 from equimd.errors import InputError
 from equimd.frames import extxyz, tables
-from equimd.frames.checks import check_plausible
+from equimd.frames.checks import N_CHECKED, check_plausible
 from equimd.frames.labels import DEFAULT_KEYS, DEFAULT_UNITS, LabelKeys, UnitSpec, attach_labels
 from equimd.frames.transaction import recover
 
-N_CHECKED = 64
 XYZ_SUFFIXES = (".xyz", ".extxyz")
 MDTRAJ_SUFFIXES = (".dcd", ".xtc", ".trr")
 HDF5_SUFFIXES = (".h5", ".h5md", ".hdf5")
+LMDB_SUFFIX = ".aselmdb"
+
+Keep = Callable[[int, int], bool]
+"""Whether a frame is wanted, by its index in the file and its number of atoms."""
 
 
 class PlausibilityWarning(UserWarning):
@@ -26,9 +29,12 @@ class PlausibilityWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Source:
-    """How one format is read: a fresh iterator of frames, and their number (None: by iterating)."""
+    """How one format is read: a fresh iterator of frames, and their number (None: by iterating).
 
-    open: Callable[[], Iterator[Atoms]]
+    A reader may leave out the work for frames that are not wanted, and pass None in their places.
+    """
+
+    open: Callable[[Keep | None], Iterator[Atoms | None]]
     count: Callable[[], int] | None = None
 
 
@@ -48,8 +54,9 @@ class Frames:
     def __iter__(self) -> Iterator[Atoms]:
         first: list[Atoms] = []
         index = -1
-        for index, atoms in enumerate(self.source.open()):
-            if index % self.stride:
+        every = None if self.stride == 1 else lambda k, _: k % self.stride == 0
+        for index, atoms in enumerate(self.source.open(every)):
+            if index % self.stride or atoms is None:
                 continue
             if not self._checked:
                 first.append(atoms)
@@ -62,10 +69,19 @@ class Frames:
         if not self._checked:
             self._check(first)
 
+    def select(self, keep: Keep) -> Iterator[tuple[int, Atoms]]:
+        """Index in the file and frame of those for which ``keep(index, number of atoms)`` is true; nothing is checked.
+
+        Most formats are read no further than it takes to step over the others. `stride` has no say here.
+        """
+        for index, atoms in enumerate(self.source.open(keep)):
+            if atoms is not None and keep(index, len(atoms)):
+                yield index, atoms
+
     def __len__(self) -> int:
         """Number of frames; formats without a count are read through once."""
         if self._length is None:
-            total = self.source.count() if self.source.count is not None else sum(1 for _ in self.source.open())
+            total = self.source.count() if self.source.count is not None else sum(1 for _ in self.source.open(None))
             self._length = -(-total // self.stride)
         return self._length
 
@@ -82,17 +98,20 @@ def read_frames(
     units: UnitSpec | None = None,
     keys: LabelKeys | None = None,
     stride: int = 1,
+    finite: bool = True,
 ) -> Frames:
     """Frames of a file, lazily, with their labels in a `SinglePointCalculator` (eV, eV/Å, eV/Å³).
 
     Args:
-        path: extxyz or xyz (`.gz` too), ASE `.db` and `.traj`, `.npz` in the layout of rMD17 or sGDML, H5MD, DCD, XTC,
-            TRR, mdtraj HDF5, or any structure that ASE reads.
+        path: extxyz or xyz (`.gz` too), ASE `.db` and `.traj`, `.aselmdb` or a folder of such shards, `.npz` in the
+            layout of rMD17 or sGDML, HDF5 in the layouts of `labelled_h5`, H5MD, DCD, XTC, TRR, mdtraj HDF5, or any
+            structure that ASE reads.
         topology: A file with the elements, for DCD, XTC, TRR and H5MD without species; ours or any that mdtraj reads.
         units: Units of the file; by default what its format prescribes. npz prescribes none: kcal/mol and Å, as rMD17
             documents, with a notice. Trajectories through mdtraj are always nm.
         keys: Names of the labels; by default the usual ones, whatever their case.
         stride: Keep every `stride`-th frame.
+        finite: Refuse labels that are not finite, with their frame; components of a stress may be NaN.
 
     Raises:
         InputError: if the file is missing, of unknown format, lacks what the format needs, or is malformed.
@@ -100,10 +119,14 @@ def read_frames(
     path = Path(path)
     recover(path)
     for name in (path, Path(topology) if topology is not None else path):
-        if not name.is_file():
+        if name.is_dir() and not tables.lmdb_shards(name):
+            raise InputError(f"{name}: is a folder without .aselmdb files; accepted: a file of structures")
+        if not name.exists():
             raise InputError(f"{name}: no such file; accepted: a file of structures")
     if stride < 1:
         raise InputError(f"stride is {stride}; accepted: 1 or more")
+    if not finite:
+        keys = replace(keys or DEFAULT_KEYS, finite=False)
     return Frames(path, _source(path, None if topology is None else Path(topology), units, keys), stride)
 
 
@@ -131,35 +154,70 @@ def _source(path: Path, topology: Path | None, units: UnitSpec | None, keys: Lab
     suffix, chosen = format_suffix(path), keys or DEFAULT_KEYS
     if suffix in XYZ_SUFFIXES:
         spec = units or DEFAULT_UNITS
-        return Source(lambda: _labelled(extxyz.iterate(path), path, spec, chosen), lambda: extxyz.count(path))
+        return Source(
+            lambda keep: _labelled(extxyz.iterate(path, keep), path, spec, chosen), lambda: extxyz.count(path)
+        )
     if suffix == ".npz":
-        stored = tables.NpzSet(path, units, chosen)
+        from equimd.frames.npz import NpzSet
+
+        stored = NpzSet(path, units, chosen)
         return Source(stored.frames, stored.count)
     if suffix == ".db":
         return Source(
-            lambda: tables.iterate_database(path, units, chosen),
+            lambda _: tables.iterate_database(path, units, chosen),
             lambda: tables.count_database(path),
         )
-    if suffix in MDTRAJ_SUFFIXES or (suffix in HDF5_SUFFIXES and not _is_h5md(path)):
-        from equimd.frames.trajectories import MdtrajHDF5, MdtrajTrajectory
+    if suffix == LMDB_SUFFIX or path.is_dir():
+        shards = tables.LmdbSet(path, units, chosen)
+        return Source(lambda _: shards.frames(), shards.count)
+    if suffix in HDF5_SUFFIXES:
+        return _hdf5_source(path, topology, units, keys)
+    if suffix in MDTRAJ_SUFFIXES:
+        from equimd.frames.trajectories import MdtrajTrajectory
 
         _refuse_options(path, units=units, keys=keys)
-        numbers = _elements(topology)
-        in_hdf5 = suffix in HDF5_SUFFIXES
-        trajectory = MdtrajHDF5(path, numbers) if in_hdf5 else MdtrajTrajectory(path, topology, numbers)
-        return Source(trajectory.frames, trajectory.count)
-    if suffix in HDF5_SUFFIXES:
+        trajectory = MdtrajTrajectory(path, topology, _elements(topology))
+        return Source(lambda _: trajectory.frames(), trajectory.count)
+    return Source(lambda _: tables.iterate_ase(path, units or DEFAULT_UNITS, chosen))
+
+
+def _hdf5_source(path: Path, topology: Path | None, units: UnitSpec | None, keys: LabelKeys | None) -> Source:
+    """H5MD (`particles`), a labelled set, or mdtraj's layout (`coordinates`)."""
+    import h5py
+
+    from equimd.frames.labelled_h5 import LabelledH5, is_labelled
+
+    try:
+        with h5py.File(path, "r") as file:
+            is_h5md = "h5md" in file or "particles" in file
+            labelled = not is_h5md and is_labelled(file)
+            if not (is_h5md or labelled or "coordinates" in file):
+                found = ", ".join(list(file)[:5])
+                raise InputError(
+                    f"{path}: HDF5 with {found}; accepted: H5MD (particles), mdtraj's (coordinates), or groups of"
+                    " positions and atomic_numbers"
+                )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted: a whole HDF5 file") from error
+    if labelled:
+        stored = LabelledH5(path, units, keys or DEFAULT_KEYS)
+        return Source(stored.frames, stored.count)
+    _refuse_options(path, keys=keys)
+    if is_h5md:
         from equimd.frames.h5md_reader import H5MDReader
 
-        _refuse_options(path, keys=keys)
         reader = H5MDReader(path, units, _elements(topology))
-        return Source(reader.frames, reader.count)
-    return Source(lambda: tables.iterate_ase(path, units or DEFAULT_UNITS, chosen))
+    else:
+        from equimd.frames.trajectories import MdtrajHDF5
+
+        _refuse_options(path, units=units)
+        reader = MdtrajHDF5(path, _elements(topology))
+    return Source(lambda _: reader.frames(), reader.count)
 
 
-def _labelled(frames: Iterator[Atoms], path: Path, units: UnitSpec, keys: LabelKeys) -> Iterator[Atoms]:
+def _labelled(frames: Iterator[Atoms | None], path: Path, units: UnitSpec, keys: LabelKeys) -> Iterator[Atoms | None]:
     for index, atoms in enumerate(frames):
-        yield attach_labels(atoms, units, keys, f"{path}, frame {index}")
+        yield None if atoms is None else attach_labels(atoms, units, keys, f"{path}, frame {index}")
 
 
 def _elements(topology: Path | None) -> np.ndarray | None:
@@ -169,22 +227,7 @@ def _elements(topology: Path | None) -> np.ndarray | None:
     return next(iter(read_frames(topology))).numbers
 
 
-def _is_h5md(path: Path) -> bool:
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            if "h5md" in file or "particles" in file:
-                return True
-            if "coordinates" in file:
-                return False
-            found = ", ".join(list(file)[:5])
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); accepted: a whole HDF5 file") from error
-    raise InputError(f"{path}: HDF5 with {found}; accepted: H5MD (particles) or mdtraj's HDF5 (coordinates)")
-
-
 def _refuse_options(path: Path, **options: object) -> None:
     for name, value in options.items():
-        if value is not None:
+        if value is not None and value != LabelKeys(finite=False):
             raise InputError(f"{path}: {name}= does not apply to {path.suffix}; accepted: without it")

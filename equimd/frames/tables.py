@@ -1,8 +1,9 @@
-"""Labelled sets in tables: npz in the layouts of rMD17 and sGDML, ASE databases, and whatever else ASE reads."""
+"""Labelled sets in ASE databases, fairchem's `.aselmdb` among them, and in whatever else ASE reads."""
 
-import logging
-import zipfile
+import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +13,9 @@ from ase import Atoms
 from equimd.errors import InputError
 from equimd.frames.labels import LabelKeys, UnitSpec, attach_labels
 
-# rMD17 (Christensen, von Lilienfeld, 2020) and sGDML (https://docs.sgdml.org): numbers, positions, energies, forces.
-_LAYOUTS = (("nuclear_charges", "coords", "energies", "forces"), ("z", "R", "E", "F"))
-RMD17_UNITS = UnitSpec(energy="kcal/mol", length="Å")
-
-
-class NpzSet:
-    """An npz file of one molecule or, with numbers (T, N), of several of one size.
-
-    The file says nothing of its units unless it is sGDML's (`e_unit`, `r_unit`): without `unit_spec` they are those
-    that rMD17 documents, kcal/mol and Å, with a notice.
-    """
-
-    def __init__(self, path: Path, unit_spec: UnitSpec | None, keys: LabelKeys):
-        self.path, self._units, self._keys = path, unit_spec, keys
-
-    def count(self) -> int:
-        """Number of frames."""
-        with self._open() as stored:
-            return int(np.shape(stored[self._names(stored)[1]])[0])
-
-    def frames(self) -> Iterator[Atoms]:
-        """Labelled frames.
-
-        Raises:
-            InputError: if an array is missing or its shape does not fit.
-        """
-        with self._open() as stored:
-            number_key, position_key, energy_key, force_key = self._names(stored)
-            spec = self._resolve_units(stored)
-            numbers, positions = stored[number_key], stored[position_key]
-            energies = stored.get(energy_key)
-            forces = stored.get(force_key)
-        if positions.ndim != 3 or positions.shape[2] != 3:
-            raise InputError(f"{self.path}: {position_key} has shape {positions.shape}; accepted: (frames, atoms, 3)")
-        n_frames, n_atoms = positions.shape[:2]
-        if numbers.shape not in ((n_atoms,), (n_frames, n_atoms)):
-            raise InputError(f"{self.path}: {number_key} has shape {numbers.shape}; accepted: ({n_atoms},)")
-        if energies is not None:
-            energies = energies.reshape(-1)
-        for name, array in ((energy_key, energies), (force_key, forces)):
-            if array is not None and len(array) != n_frames:
-                raise InputError(f"{self.path}: {name} has {len(array)} frames; accepted: {n_frames}")
-        for k in range(n_frames):
-            atoms = Atoms(numbers if numbers.ndim == 1 else numbers[k], positions=positions[k])
-            if energies is not None:
-                atoms.info["energy"] = energies[k]
-            if forces is not None:
-                atoms.arrays["forces"] = forces[k]
-            yield attach_labels(atoms, spec, LabelKeys(), f"{self.path}, frame {k}")
-
-    def _open(self) -> Any:
-        try:
-            return np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.path}: cannot be read ({error}); accepted: an npz file of arrays") from error
-
-    def _names(self, stored: Any) -> tuple[str, str, str, str]:
-        for number, position, energy, force in _LAYOUTS:
-            if number in stored and position in stored:
-                return number, position, self._keys.energy or energy, self._keys.forces or force
-        raise InputError(
-            f"{self.path}: has keys {', '.join(stored.files)}; accepted: {' '.join(_LAYOUTS[0])}, or z R E F"
-        )
-
-    def _resolve_units(self, stored: Any) -> UnitSpec:
-        if self._units is not None:
-            return self._units
-        energy, length = (_text(stored[key]) if key in stored else None for key in ("e_unit", "r_unit"))
-        if energy is not None and length is not None:
-            length = {"Ang": "Å", "ang": "Å", "angstrom": "Å", "bohr": "Bohr"}.get(length, length)
-            return UnitSpec(energy=energy, length=length)
-        logging.getLogger("equimd").warning(
-            "%s names no units: taken as kcal/mol and Å, as rMD17 documents; other units: UnitSpec", self.path
-        )
-        return RMD17_UNITS
+# Columns of a row that ASE wants as arrays, which JSON may hold as lists.
+_ROW_ARRAYS = {"numbers", "positions", "cell", "pbc", "forces", "stress", "momenta", "charges", "magmoms"}
+_ROW_ARRAYS |= {"initial_charges", "initial_magmoms", "masses", "tags", "dipole"}
 
 
 def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) -> Iterator[Atoms]:
@@ -96,20 +25,27 @@ def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) ->
     """
     from ase.db import connect
 
-    database = connect(path)
+    database: Any = connect(path)
     spec = unit_spec or _database_units(path, dict(database.metadata))
     for index, row in enumerate(database.select()):
-        atoms = row.toatoms()
-        atoms.info = dict(row.key_value_pairs)
-        for name, value in dict(row.data).items():
+        yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+
+
+def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
+    atoms = row.toatoms()
+    atoms.info = dict(row.key_value_pairs)
+    for name, value in dict(row.data).items():
+        try:
             array = np.asarray(value)
-            if array.shape == (len(atoms), 3):
-                atoms.arrays[name] = array
-            elif array.size == 1 and array.dtype.kind in "fiu":
-                atoms.info[name] = array.item()
-            elif array.dtype.kind in "fiu":
-                atoms.info[name] = array
-        yield attach_labels(atoms, spec, keys, f"{path}, row {index}")
+        except ValueError:  # of unequal lengths: no label
+            continue
+        if array.shape == (len(atoms), 3):
+            atoms.arrays[name] = array
+        elif array.size == 1 and array.dtype.kind in "fiu":
+            atoms.info[name] = array.item()
+        elif array.dtype.kind in "fiu":
+            atoms.info[name] = array
+    return attach_labels(atoms, spec, keys, where)
 
 
 def count_database(path: Path) -> int:
@@ -117,6 +53,77 @@ def count_database(path: Path) -> int:
     from ase.db import connect
 
     return connect(path).count()
+
+
+class LmdbSet:
+    """Rows of `.aselmdb` files as fairchem's data sets have them: one file, or a folder of shards in order of name.
+
+    The format is that of ase-db-backends: LMDB with keys "1", "2", ... whose values are zlib-compressed JSON of the
+    columns of an ASE row, "nextid" and "deleted_ids" beside them. Nothing is ever unpickled. Needs the package `lmdb`.
+    """
+
+    def __init__(self, path: Path, unit_spec: UnitSpec | None, keys: LabelKeys):
+        self.path, self._units, self._keys = path, unit_spec, keys
+        self.shards = lmdb_shards(path) if path.is_dir() else [path]
+        try:
+            import lmdb  # noqa: F401
+        except ImportError:
+            raise InputError(f'{path}: reading .aselmdb needs the package lmdb: pip install "equimd[lmdb]"') from None
+
+    def count(self) -> int:
+        """Number of rows, over all shards."""
+        total = 0
+        for shard in self.shards:
+            with self._open(shard) as rows:
+                total += len(self._ids(rows))
+        return total
+
+    def frames(self) -> Iterator[Atoms]:
+        """Labelled frames, shard after shard."""
+        from ase.db.row import AtomsRow
+
+        for shard in self.shards:
+            with self._open(shard) as rows:
+                spec = self._units or _database_units(shard, self._entry(rows, "metadata") or {})
+                for index, number in enumerate(self._ids(rows)):
+                    where = f"{shard}, row {index}"
+                    columns = self._entry(rows, str(number))
+                    if not isinstance(columns, dict):
+                        raise InputError(f"{where}: is missing; accepted: rows 1 to nextid, but for deleted_ids")
+                    for name in _ROW_ARRAYS & columns.keys():
+                        columns[name] = np.asarray(columns[name])
+                    try:
+                        yield _frame_of_row(AtomsRow({**columns, "id": number}), spec, self._keys, where)
+                    except (KeyError, AttributeError, TypeError) as error:
+                        raise InputError(f"{where}: lacks {error}; accepted: a row of an ASE database") from error
+
+    @contextmanager
+    def _open(self, shard: Path) -> Iterator[Any]:
+        import lmdb
+
+        try:
+            with (
+                lmdb.open(str(shard), subdir=False, readonly=True, lock=False) as environment,
+                environment.begin() as rows,
+            ):
+                yield rows
+        except (lmdb.Error, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{shard}: cannot be read ({error}); accepted: a whole .aselmdb file") from error
+
+    def _entry(self, rows: Any, key: str) -> Any:
+        from ase.io.jsonio import decode
+
+        value = rows.get(key.encode("ascii"))
+        return None if value is None else decode(zlib.decompress(value).decode("utf-8"))
+
+    def _ids(self, rows: Any) -> list[int]:
+        deleted = set(self._entry(rows, "deleted_ids") or ())
+        return [number for number in range(1, self._entry(rows, "nextid") or 1) if number not in deleted]
+
+
+def lmdb_shards(folder: Path) -> list[Path]:
+    """The `.aselmdb` files of a folder, in order of name."""
+    return sorted(folder.glob("*.aselmdb"))
 
 
 def _database_units(path: Path, metadata: dict) -> UnitSpec:
@@ -160,8 +167,3 @@ def iterate_ase(path: Path, unit_spec: UnitSpec, keys: LabelKeys) -> Iterator[At
             ) from error
         yield attach_labels(atoms, unit_spec, keys, f"{path}, frame {index}")
         index += 1
-
-
-def _text(value: Any) -> str:
-    value = value.item() if isinstance(value, np.ndarray) else value
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,9 +1,7 @@
 """Labelled frames as flat tensors: neighbour lists are built once, a batch is a few index operations."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,22 +10,25 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from equimd.errors import InputError
-from equimd.frames import LabelKeys, UnitSpec, labels_of, read_list
+from equimd.frames.arrays import FrameArrays, Packer
 from equimd.graph import AtomGraph
-from equimd.neighbors import neighbor_list
-from equimd.training.sections import BatchSection, DataSection
+from equimd.training.sections import BatchSection
 
 _STREAM = 0x0101  # keeps the numbers that shuffle apart from those that rotate
+_ON_DEVICE = 1 << 30
+"""Bytes up to which a set is copied to a GPU; of a larger one every batch is."""
 
 
 @dataclass(frozen=True)
 class FrameSet:
     """S structures with N atoms and E edges in all; every tensor is the concatenation over structures.
 
-    atom_start (S + 1,), edge_start (S + 1,): where each structure begins; edge_index (2, E) counts atoms of the
-    structure, [receiver, sender]; labels are NaN where a frame has none. Units and names as in AtomGraph.
+    atom_start (S + 1,), edge_start (S + 1,): where each structure begins; edges (E, 2) count atoms of the structure,
+    [receiver, sender]; labels are NaN where a frame has none. Units and names as in AtomGraph. On the CPU, tensors are
+    those of ``arrays`` without a copy, which may be files mapped into memory. ``device`` is where batches are wanted.
     """
 
+    arrays: FrameArrays
     positions: Tensor
     atomic_numbers: Tensor
     forces: Tensor
@@ -35,53 +36,82 @@ class FrameSet:
     pbc: Tensor
     energy: Tensor
     stress: Tensor
-    edge_index: Tensor
+    edges: Tensor
     edge_shifts: Tensor
     atom_start: Tensor
     edge_start: Tensor
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def from_arrays(cls, arrays: FrameArrays) -> "FrameSet":
+        """The tensors of packed frames."""
+
+        def tensor(name: str) -> Tensor:
+            return torch.from_numpy(arrays[name])
+
+        return cls(
+            arrays=arrays,
+            positions=tensor("positions"),
+            atomic_numbers=tensor("numbers"),
+            forces=tensor("forces"),
+            cell=tensor("cell"),
+            pbc=tensor("pbc"),
+            energy=tensor("energy"),
+            stress=tensor("stress"),
+            edges=tensor("edges"),
+            edge_shifts=tensor("shifts"),
+            atom_start=torch.from_numpy(arrays.atom_start),
+            edge_start=torch.from_numpy(arrays.edge_start),
+        )
 
     def __len__(self) -> int:
-        return len(self.atom_start) - 1
+        return len(self.arrays)
 
     @property
     def n_atoms(self) -> Tensor:
         """Atoms of every structure (S,)."""
-        return self.atom_start.diff()
+        return self.atom_start.diff().to(self.device)
 
     @property
     def n_edges(self) -> Tensor:
         """Directed edges of every structure (S,)."""
-        return self.edge_start.diff()
+        return self.edge_start.diff().to(self.device)
 
     @property
     def species(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return tuple(int(z) for z in self.atomic_numbers.unique())
+        return tuple(self.arrays.meta["species"])
 
     def has(self, label: str) -> bool:
         """Whether any frame has this label: energy, forces or stress."""
-        return bool((~torch.isnan(getattr(self, label))).any())
+        return self.arrays.meta["n_labelled"][label] > 0
 
     def to(self, device: torch.device) -> "FrameSet":
-        """The same on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+        """The same for another device: copied there unless it is large."""
+        size = sum(array.nbytes for array in self.arrays.arrays.values())
+        if device.type == "cpu" or size > _ON_DEVICE:
+            return replace(self, device=device)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, device=device, **tensors)
 
     def batch(self, frames: Tensor) -> AtomGraph:
         """The structures ``frames`` (B,), in this order and with repetitions, as one graph."""
+        frames = frames.to(self.positions.device)
         atoms, batch, first_atom = _ranges(self.atom_start, frames)
         edges, system, _ = _ranges(self.edge_start, frames)
-        graph = AtomGraph(
-            positions=self.positions[atoms],
-            atomic_numbers=self.atomic_numbers[atoms],
-            forces=self.forces[atoms],
-            cell=self.cell[frames],
-            pbc=self.pbc[frames],
-            energy=self.energy[frames],
-            stress=self.stress[frames],
-            edge_index=self.edge_index[:, edges] + first_atom[system],
-            edge_shifts=self.edge_shifts[edges].to(torch.float64),
-            batch=batch,
-        )
+        fields = {
+            "positions": self.positions[atoms],
+            "atomic_numbers": self.atomic_numbers[atoms].to(torch.int64),
+            "forces": self.forces[atoms],
+            "cell": self.cell[frames],
+            "pbc": self.pbc[frames],
+            "energy": self.energy[frames],
+            "stress": self.stress[frames],
+            "edge_index": (self.edges[edges].T + first_atom[system]).contiguous(),
+            "edge_shifts": self.edge_shifts[edges].to(torch.float64),
+            "batch": batch,
+        }
+        graph = AtomGraph(**{name: tensor.to(self.device) for name, tensor in fields.items()})
         graph.n_systems = len(frames)
         return graph
 
@@ -95,67 +125,48 @@ def _ranges(start: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(len(owner), device=which.device) + (begin - offset)[owner], owner, offset
 
 
-def load_frames(path: Path, section: DataSection) -> list[Atoms]:
-    """The labelled frames of a file."""
-    try:
-        units = None if section.units is None else UnitSpec(**section.units)  # type: ignore[arg-type]
-        keys = None if section.keys is None else LabelKeys(**section.keys)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"data.units or data.keys: {error}") from error
-    return read_list(path, units=units, keys=keys)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def build_frame_set(
     frames: Sequence[Atoms], cutoff: float, isolated_atom_energies: Mapping[int, float], name: str
 ) -> FrameSet:
-    """Neighbour lists and labels of ``frames``; ``name`` (a file) is for the messages.
+    """Neighbour lists and labels of ``frames``, in memory; ``name`` (a file) is for the messages.
 
     Raises:
         InputError: for no frames, an element without isolated-atom energy, or labels missing everywhere.
     """
     if not frames:
         raise InputError(f"{name} holds no frames; at least one is needed")
-    unknown = {int(z) for atoms in frames for z in atoms.numbers} - set(isolated_atom_energies)
+
+    def no_folder():  # noqa: ANN202
+        raise AssertionError("the arrays fit into memory")
+
+    with Packer(cutoff, no_folder, in_memory=1 << 62) as packer:
+        packer.add_file(enumerate(frames), name)
+        built = FrameSet.from_arrays(packer.finish())
+    check_frame_set(built, isolated_atom_energies, name)
+    return built
+
+
+def check_frame_set(frames: FrameSet, isolated_atom_energies: Mapping[int, float] | None, name: str) -> None:
+    """Refuse a set without any label, and elements that the isolated-atom energies lack (None: they are fitted)."""
+    unknown = sorted(set(frames.species) - set(isolated_atom_energies)) if isolated_atom_energies is not None else []
     if unknown:
-        known = ", ".join(chemical_symbols[z] for z in sorted(isolated_atom_energies))
+        known = ", ".join(chemical_symbols[z] for z in sorted(isolated_atom_energies or ()))
         raise InputError(
-            f"{name} has {chemical_symbols[min(unknown)]}, which has no isolated-atom energy; given are {known}"
+            f"{name} has {chemical_symbols[unknown[0]]}, which has no isolated-atom energy (first in frame"
+            f" {first_with(frames.arrays, unknown[0])}); given are {known}"
         )
-    labels = [labels_of(atoms) for atoms in frames]
-    if all(label["energy"] is None and label["forces"] is None for label in labels):
+    if not frames.has("energy") and not frames.has("forces"):
         raise InputError(f"{name} has neither energies nor forces; name the labels of the file in data.keys")
-    edges = [neighbor_list(atoms.positions, atoms.cell.array, np.asarray(atoms.pbc), cutoff) for atoms in frames]
-    return FrameSet(
-        positions=_tensor([atoms.positions for atoms in frames]),
-        atomic_numbers=torch.from_numpy(np.concatenate([atoms.numbers for atoms in frames]).astype(np.int64)),
-        forces=_tensor([_or_nan(label["forces"], (len(a), 3)) for label, a in zip(labels, frames, strict=True)]),
-        cell=_tensor([atoms.cell.array[None] for atoms in frames]),
-        pbc=torch.from_numpy(np.stack([np.asarray(atoms.pbc, dtype=bool) for atoms in frames])),
-        energy=_tensor([_or_nan(label["energy"], (1,)) for label in labels]),
-        stress=_tensor([_or_nan(label["stress"], (1, 3, 3)) for label in labels]),
-        edge_index=torch.from_numpy(np.concatenate([index for index, _ in edges], axis=1)),
-        edge_shifts=torch.from_numpy(np.concatenate([shifts for _, shifts in edges]).astype(np.int16)),
-        atom_start=_starts([len(atoms) for atoms in frames]),
-        edge_start=_starts([index.shape[1] for index, _ in edges]),
-    )
 
 
-def _tensor(parts: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.float64))
-
-
-def _or_nan(label: np.ndarray | float | None, shape: tuple[int, ...]) -> np.ndarray:
-    return np.full(shape, np.nan) if label is None else np.reshape(np.asarray(label, dtype=np.float64), shape)
-
-
-def _starts(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0)
+def first_with(arrays: FrameArrays, number: int) -> int:
+    """Index in its files of the first frame that has this atomic number."""
+    for _, atoms, _ in arrays.chunks():
+        found = np.flatnonzero(arrays["numbers"][atoms] == number)
+        if found.size:
+            place = int(np.searchsorted(arrays.atom_start, atoms.start + found[0], side="right")) - 1
+            return int(arrays["index"][place])
+    raise ValueError(f"no frame has atomic number {number}")
 
 
 def epoch_batches(n_edges: np.ndarray, section: BatchSection, seed: int, epoch: int) -> list[np.ndarray]:
@@ -187,35 +198,3 @@ def subset(n_frames: int, wanted: int | None, seed: int) -> np.ndarray | None:
     if wanted > n_frames:
         raise InputError(f"data.n_train is {wanted}; the file has {n_frames} frames")
     return np.sort(np.random.default_rng([_STREAM, seed]).permutation(n_frames)[:wanted])
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a network is scaled with: energy shifts in eV by atomic number, RMS force in eV/Å, mean neighbours."""
-
-    shift: dict[int, float]
-    force_rms: float
-    mean_neighbors: float
-
-
-def statistics(frames: FrameSet, isolated_atom_energies: Mapping[int, float]) -> Statistics:
-    """Per-species shifts by least squares of E − Σ E₀ (of smallest norm where the counts do not tell), RMS force."""
-    species = frames.species
-    n_frames = len(frames)
-    owner = torch.repeat_interleave(torch.arange(n_frames), frames.n_atoms)
-    column = torch.searchsorted(torch.tensor(species), frames.atomic_numbers)
-    counts = torch.zeros(n_frames, len(species), dtype=torch.float64)
-    counts.index_put_((owner, column), torch.ones(len(owner), dtype=torch.float64), accumulate=True)
-    e0 = torch.tensor([isolated_atom_energies[z] for z in species], dtype=torch.float64)
-    relative = frames.energy - counts @ e0
-    known = ~torch.isnan(relative)
-    shift = np.zeros(len(species))
-    if bool(known.any()):
-        shift = np.linalg.lstsq(counts[known].numpy(), relative[known].numpy(), rcond=1e-8)[0]
-    forces = frames.forces[~torch.isnan(frames.forces)]
-    rms = float(forces.square().mean().sqrt()) if forces.numel() else 1.0
-    return Statistics(
-        shift=dict(zip(species, shift.tolist(), strict=True)),
-        force_rms=rms if rms > 0 else 1.0,
-        mean_neighbors=frames.edge_index.shape[1] / len(frames.atomic_numbers),
-    )

@@ -27,9 +27,11 @@ from equimd.errors import InputError
 from equimd.models.checkpoint import build_potential, load_checkpoint
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.potential import Potential
-from equimd.training.data import FrameSet, Statistics, file_sha256
+from equimd.training.cache import file_sha256
+from equimd.training.data import FrameSet
 from equimd.training.recipe import Recipe, parent_file
 from equimd.training.sections import InitSection
+from equimd.training.statistics import Statistics
 
 _NOISE = 0.1  # of the size of a table's entries, for rows of new elements
 _SAME_ENERGY = 1e-6  # eV

@@ -79,7 +79,7 @@ def train(
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists already; give another folder, or resume to continue what is in it")
     with threads(recipe.n_threads):
-        setup = prepare(recipe)  # before the folder is made, so that bad input leaves nothing behind
+        setup = prepare(recipe, progress)  # before the folder is made, so that bad input leaves nothing behind
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -85,11 +85,13 @@ class Recipe(Section):
         """A path of this recipe, from where we are."""
         return self._folder / relative
 
-    def isolated_atom_energies(self) -> dict[int, float]:
-        """Energies of isolated atoms in eV by atomic number."""
+    def isolated_atom_energies(self) -> dict[int, float] | None:
+        """Energies of isolated atoms in eV by atomic number; None where the recipe leaves them to the data."""
         from ase.data import atomic_numbers
 
         table = self.data.isolated_atom_energies
+        if table is None:
+            return None
         if isinstance(table, str):
             path = self.path(table)
             try:
@@ -105,12 +107,6 @@ class Recipe(Section):
         if unknown:
             raise InputError(f"data.isolated_atom_energies names {unknown[0]!r}, which is no chemical symbol")
         return {atomic_numbers[symbol]: energy for symbol, energy in table.items()}
-
-    def isolated_atom_energies_by_symbol(self) -> dict[str, float]:
-        """The same by chemical symbol, as a recipe may state them."""
-        from ase.data import chemical_symbols
-
-        return {chemical_symbols[z]: energy for z, energy in self.isolated_atom_energies().items()}
 
 
 def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str = "recipe") -> Recipe:

@@ -1,6 +1,6 @@
 """The sections of a recipe: one class for each thing that decides a training, with its units and its defaults."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,21 +20,37 @@ def _refuse_settings_of_others(section: Section, choice: str, users: dict[str, s
             raise ValueError(f"{name} is {value:g}, which is for {choice} {user!r}; {choice} is {chosen!r}")
 
 
+Files = str | Annotated[list[str], Field(min_length=1)]
+"""One file or folder of labelled frames, or several, one after another."""
+
+
 class DataSection(Section):
     """Labelled frames."""
 
-    train: str
-    valid: str
-    test: str | None = None
+    train: Files
+    valid: Files
+    test: Files | None = None
     n_train: int | None = Field(default=None, ge=1, description="take this many training frames, drawn with the seed")
-    isolated_atom_energies: dict[str, float] | str = Field(
-        description="eV by chemical symbol, or the path of a JSON file with such a table under this name"
+    isolated_atom_energies: dict[str, float] | str | None = Field(
+        default=None,
+        description="eV by chemical symbol, or the path of a JSON file with such a table under this name; None takes"
+        " those of isolated atoms among the training frames (config_type=IsolatedAtom), and fits the others",
     )
-    units: dict[str, str] | None = Field(default=None, description="energy, length, stress units of the files")
+    units: dict[str, str] | None = Field(
+        default=None, description="energy, length, stress units of the files; numbers that look wrong are then accepted"
+    )
+    duplicates: Literal["error", "warn", "allow"] = Field(
+        default="error", description="what to do about validation or test frames that are in the training set as well"
+    )
     keys: dict[str, str] | None = Field(default=None, description="names of energy, forces, stress in the files")
     reference: str | None = Field(default=None, description="level of theory of the labels")
     charge: int = 0
     multiplicity: int = Field(default=1, ge=1)
+
+    def files(self, split: str) -> list[str]:
+        """The files of train, valid or test."""
+        named = getattr(self, split)
+        return [named] if isinstance(named, str) else list(named or ())
 
 
 class LossWeights(Section):

@@ -3,17 +3,20 @@
 import copy
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 
 from equimd.errors import InputError
 from equimd.models.potential import Potential
 from equimd.models.selfcheck import check_training_kernels
-from equimd.training.data import FrameSet, build_frame_set, file_sha256, load_frames, statistics, subset
+from equimd.training.data import FrameSet
+from equimd.training.dataset import read_data
 from equimd.training.initial import make_potential
 from equimd.training.recipe import Recipe
 from equimd.training.schedule import EXTENDABLE
@@ -34,35 +37,23 @@ class Setup:
     identity: dict[str, Any]
 
 
-def prepare(recipe: Recipe) -> Setup:
+def prepare(recipe: Recipe, progress: bool = False) -> Setup:
     """Read the data, make the potential that the recipe begins with."""
     device = _device(recipe.device)
-    energies = recipe.isolated_atom_energies()
-    sets, sha256 = {}, {}
-    for split in ("train", "valid", "test"):
-        relative = getattr(recipe.data, split)
-        if relative is None:
-            continue
-        path = recipe.path(relative)
-        frames = load_frames(path, recipe.data)
-        sha256[relative] = file_sha256(path)
-        if split == "train" and (chosen := subset(len(frames), recipe.data.n_train, recipe.seed)) is not None:
-            frames = [frames[k] for k in chosen]
-        sets[split] = build_frame_set(frames, recipe.model.cutoff, energies, str(path))
-    train = sets["train"]
-    _check_labels(recipe, train, sets["valid"])
-    _check_species(sets, train)
-    potential, ancestry = make_potential(recipe, train, energies, statistics(train, energies))
+    data = read_data(recipe, progress)
+    train = data.train
+    potential, ancestry = make_potential(recipe, train, data.isolated_atom_energies, data.statistics)
     potential = potential.to(device=device)
     check_training_kernels(potential)
     resolved = recipe.model_dump(mode="json")
     resolved["model"] = potential.settings.model_dump(mode="json")
-    resolved["data"]["isolated_atom_energies"] = recipe.isolated_atom_energies_by_symbol()
+    resolved["data"]["isolated_atom_energies"] = {
+        chemical_symbols[z]: energy for z, energy in data.isolated_atom_energies.items()
+    }
     header = {
         "name": recipe.name,
         "recipe": resolved,
-        "data_sha256": sha256,
-        "n_train": len(train),
+        **data.header(),
         "reference": recipe.data.reference,
         "charge": recipe.data.charge,
         "multiplicity": recipe.data.multiplicity,
@@ -73,13 +64,16 @@ def prepare(recipe: Recipe) -> Setup:
         free += ("epochs", "steps")
     identity = {
         "recipe": {key: value for key, value in resolved.items() if key not in free},
-        "data_sha256": sha256,
+        "data_sha256": data.sha256,
         "ancestry": ancestry,
     }
+    if progress:
+        for line in data.summary():
+            print(f"{recipe.name}: {line}", file=sys.stderr, flush=True)
     return Setup(
         train=train.to(device),
-        valid=sets["valid"].to(device),
-        test=sets["test"].to(device) if "test" in sets else None,
+        valid=data.valid.to(device),
+        test=None if data.test is None else data.test.to(device),
         potential=potential,
         average=copy.deepcopy(potential),
         stress=train.has("stress"),
@@ -87,29 +81,6 @@ def prepare(recipe: Recipe) -> Setup:
         header=header,
         identity=identity,
     )
-
-
-def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
-    for term in ("energy", "forces", "stress"):
-        weight = recipe.loss.largest(term)
-        if weight > 0 and not train.has(term):
-            raise InputError(
-                f"loss.{term} is {weight:g} but {recipe.data.train} has no {term} labels; set it to 0 or name the"
-                " labels in data.keys"
-            )
-    metric = recipe.validation.metric
-    if not valid.has("forces" if metric.startswith("force") else "energy"):
-        raise InputError(
-            f"validation.metric is {metric!r} but {recipe.data.valid} has no such labels; accepted is one of"
-            " force_mae, force_rmse, energy_mae, energy_rmse that it has labels for"
-        )
-
-
-def _check_species(sets: dict[str, FrameSet], train: FrameSet) -> None:
-    for split, frames in sets.items():
-        extra = sorted(set(frames.species) - set(train.species))
-        if extra:
-            raise InputError(f"data.{split} has atomic number {extra[0]}, which no training frame has")
 
 
 def _device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Errors of a potential on a set of frames, and the symmetry record beside them."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -63,13 +64,13 @@ def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
     )
 
 
-def graph_batches(frames: FrameSet, n_frames: int | None = None) -> list[AtomGraph]:
-    """The first ``n_frames`` (None: all) in order, in batches of about 12,000 edges."""
+def graph_batches(frames: FrameSet, n_frames: int | None = None) -> Iterator[AtomGraph]:
+    """One by one, the first ``n_frames`` (None: all) in order, in batches of about 12,000 edges."""
     count = len(frames) if n_frames is None else min(n_frames, len(frames))
     place = torch.div(frames.edge_start[:count], _EDGES_PER_BATCH, rounding_mode="floor").tolist()
     starts = [k for k in range(count) if k == 0 or place[k] != place[k - 1]]
-    device = frames.energy.device
-    return [frames.batch(torch.arange(a, b, device=device)) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+    for a, b in zip(starts, [*starts[1:], count], strict=True):
+        yield frames.batch(torch.arange(a, b))
 
 
 def validate_symmetry(potential: Potential, frames: FrameSet, section: ValidationSection) -> SymmetryRecord | None:

@@ -1,0 +1,196 @@
+"""What a recipe trains on: its splits read, checked against each other, and what was measured on them."""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ase.data import chemical_symbols
+
+from equimd.errors import InputError
+from equimd.frames import LabelKeys, UnitSpec
+from equimd.frames.arrays import FrameArrays
+from equimd.frames.fingerprints import duplicates_between
+from equimd.results import Block
+from equimd.training.cache import Request, file_sha256, frame_arrays, remembered
+from equimd.training.data import FrameSet, check_frame_set, first_with
+from equimd.training.recipe import Recipe
+from equimd.training.statistics import Origin, Statistics, isolated_atom_energies, statistics
+
+_N_SHOWN = 3
+
+
+class Duplicates(Block):
+    """Frames of a split that are in the training set as well: (place there, place in the training set)."""
+
+    pairs: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits of a recipe; isolated-atom energies in eV by atomic number with their origin; SHA-256 of each file."""
+
+    train: FrameSet
+    valid: FrameSet
+    test: FrameSet | None
+    isolated_atom_energies: dict[int, float]
+    origin: dict[int, Origin]
+    statistics: Statistics
+    sha256: dict[str, str]
+
+    def header(self) -> dict[str, Any]:
+        """What a checkpoint says of its data."""
+        return {
+            "data_sha256": self.sha256,
+            "n_train": len(self.train),
+            "isolated_atom_energies_from": {chemical_symbols[z]: origin for z, origin in self.origin.items()},
+        }
+
+    def summary(self) -> list[str]:
+        """Lines for whoever starts the training."""
+        sizes = ", ".join(
+            f"{len(frames):,} {name}"
+            for name, frames in (("training", self.train), ("validation", self.valid), ("test", self.test))
+            if frames is not None
+        )
+        numbers = self.statistics
+        lines = [
+            f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom"
+        ]
+        for origin, how in (("least squares", "fitted by least squares"), ("isolated atoms", "of isolated atoms")):
+            chosen = [z for z in self.train.species if self.origin.get(z) == origin]
+            if chosen:
+                values = ", ".join(f"{chemical_symbols[z]} {self.isolated_atom_energies[z]:.4f}" for z in chosen)
+                lines.append(f"isolated-atom energies {how}: {values} eV")
+        return lines
+
+
+def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
+    """Read the splits, from the cache where it has them, and check them.
+
+    Raises:
+        InputError: for a file that is missing, empty or malformed; labels that are not finite or missing where the loss
+            needs them; implausible numbers where the recipe states no units; an element without isolated-atom energy
+            or without training frames; frames of the training set in another split.
+    """
+    table = recipe.isolated_atom_energies()
+    units, keys = _reading(recipe)
+    sets: dict[str, FrameSet] = {}
+    names: dict[str, str] = {}
+    sha256: dict[str, str] = {}
+    for split in ("train", "valid", "test"):
+        files = recipe.data.files(split)
+        if not files:
+            continue
+        paths = tuple(recipe.path(file) for file in files)
+        sha256 |= {file: file_sha256(path) for file, path in zip(files, paths, strict=True)}
+        n_frames = recipe.data.n_train if split == "train" else None
+        request = Request(paths, units, keys, recipe.model.cutoff, n_frames, recipe.seed)
+        names[split] = request.name
+        arrays = frame_arrays(request, progress)
+        _check_plausible(recipe, arrays, paths)
+        sets[split] = FrameSet.from_arrays(arrays)
+    for split, frames in sets.items():
+        check_frame_set(frames, table, names[split])
+        _check_species(split, frames, sets["train"])
+    atoms = isolated_atom_energies(sets["train"].arrays, table)
+    _check_labels(recipe, sets["train"], sets["valid"])
+    _check_duplicates(recipe, sets)
+    return Dataset(
+        train=sets["train"],
+        valid=sets["valid"],
+        test=sets.get("test"),
+        isolated_atom_energies=atoms.energies,
+        origin=atoms.origin,
+        statistics=statistics(sets["train"].arrays, atoms.energies),
+        sha256=sha256,
+    )
+
+
+def _reading(recipe: Recipe) -> tuple[UnitSpec | None, LabelKeys | None]:
+    section = recipe.data
+    try:
+        units = None if section.units is None else UnitSpec(**section.units)  # type: ignore[arg-type]
+        keys = None if section.keys is None else LabelKeys(**section.keys)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"data.units or data.keys: {error}") from error
+    return units, keys
+
+
+def _check_plausible(recipe: Recipe, arrays: FrameArrays, paths: tuple[Path, ...]) -> None:
+    for file, message in arrays.meta["implausible"]:
+        if recipe.data.units is None:
+            raise InputError(f"{paths[file]}: {message}; state data.units in the recipe, also where they are eV and Å")
+        warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
+
+
+def _check_species(split: str, frames: FrameSet, train: FrameSet) -> None:
+    extra = sorted(set(frames.species) - set(train.species))
+    if extra:
+        raise InputError(
+            f"data.{split} has {chemical_symbols[extra[0]]} (first in frame {first_with(frames.arrays, extra[0])}),"
+            f" which no training frame has; accepted are {', '.join(chemical_symbols[z] for z in train.species)}"
+        )
+
+
+def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
+    for term in ("energy", "forces", "stress"):
+        weight = recipe.loss.largest(term)
+        if weight > 0 and not train.has(term):
+            raise InputError(
+                f"loss.{term} is {weight:g} but {', '.join(recipe.data.files('train'))} has no {term} labels; set it to"
+                " 0 or name the labels in data.keys"
+            )
+    metric = recipe.validation.metric
+    if not valid.has("forces" if metric.startswith("force") else "energy"):
+        raise InputError(
+            f"validation.metric is {metric!r} but {', '.join(recipe.data.files('valid'))} has no such labels;"
+            " accepted is one of force_mae, force_rmse, energy_mae, energy_rmse that it has labels for"
+        )
+
+
+def _check_duplicates(recipe: Recipe, sets: dict[str, FrameSet]) -> None:
+    if recipe.data.duplicates == "allow":
+        return
+    train = sets["train"].arrays
+    for split in ("valid", "test"):
+        if split not in sets:
+            continue
+        other = sets[split].arrays
+        found = remembered(
+            train if train.folder is not None else other,
+            "duplicates",
+            (train.meta["key"], other.meta["key"]),
+            Duplicates,
+            partial(_find_duplicates, train, other),
+        )
+        if found.pairs:
+            message = describe_duplicates(recipe, split, other, train, found.pairs)
+            if recipe.data.duplicates == "error":
+                raise InputError(f"{message}; remove them, or set data.duplicates to warn or allow")
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _find_duplicates(train: FrameArrays, other: FrameArrays) -> Duplicates:
+    return Duplicates(pairs=duplicates_between(train, other))
+
+
+def describe_duplicates(
+    recipe: Recipe, split: str, other: FrameArrays, train: FrameArrays, pairs: list[tuple[int, int]]
+) -> str:
+    """One line: how many, and the first of them."""
+
+    def name(arrays: FrameArrays, which: str, place: int) -> str:
+        files, index = recipe.data.files(which), int(arrays["index"][place])
+        for file, count in zip(files, arrays.meta["files"], strict=True):
+            if index < count:
+                return str(index) if len(files) == 1 else f"{index} of {file}"
+            index -= count
+        raise AssertionError("an index lies within the files")
+
+    shown = ", ".join(
+        f"{name(other, split, k)} (training frame {name(train, 'train', p)})" for k, p in pairs[:_N_SHOWN]
+    )
+    more = ", ..." if len(pairs) > _N_SHOWN else ""
+    return f"{len(pairs)} of {len(other)} frames of data.{split} are in the training set too: {shown}{more}"
