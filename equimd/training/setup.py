@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
     device = _device(recipe.device)
     data = read_data(recipe, progress)
     train, numbers = data.train, data.statistics
-    energies = {z: data.isolated_atom_energies[z] for z in train.species}
+    energies = {z: data.atoms.energies[z] for z in train.species}
     settings = recipe.model
     if isinstance(settings, EquivariantSettings) and settings.avg_num_neighbors is None:
         settings = settings.model_copy(update={"avg_num_neighbors": round(max(numbers.mean_neighbors, 1e-3), 6)})
@@ -55,7 +55,7 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
     resolved = recipe.model_dump(mode="json")
     resolved["model"] = settings.model_dump(mode="json")
     resolved["data"]["isolated_atom_energies"] = {
-        chemical_symbols[z]: energy for z, energy in data.isolated_atom_energies.items()
+        chemical_symbols[z]: energy for z, energy in data.atoms.energies.items()
     }
     header = {
         "name": recipe.name,
