@@ -54,14 +54,19 @@ def make_calculator(
 
 
 def open_frames(
-    path: Path, topology: Path | None, units: list[str] | None, keys: list[str] | None, stride: int = 1
+    path: Path,
+    topology: Path | None,
+    units: list[str] | None,
+    keys: list[str] | None,
+    stride: int = 1,
+    finite: bool = True,
 ) -> "Frames":
     """Frames of a file with what the command line says of its units and keys."""
     from equimd.frames import LabelKeys, UnitSpec, read_frames
 
     spec = UnitSpec(**_pairs("--unit", units, ("energy", "length", "stress"))) if units else None
     names = LabelKeys(**_pairs("--key", keys, ("energy", "forces", "stress", "virial"))) if keys else None
-    return read_frames(path, topology=topology, units=spec, keys=names, stride=stride)
+    return read_frames(path, topology=topology, units=spec, keys=names, stride=stride, finite=finite)
 
 
 def _pairs(option: str, texts: list[str] | None, accepted: tuple[str, ...]) -> dict[str, Any]:

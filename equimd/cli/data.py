@@ -1,11 +1,14 @@
 """``equimd data``: look into files of frames."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equimd.cli.common import Json, Keys, Topology, Units, check_json, emit, grid, number, open_frames
+from equimd.cli.common import Json, Keys, Topology, Units, check_json, emit, grid, number, open_frames, progress
+
+if TYPE_CHECKING:
+    from equimd.report.inspection import Comparison, Inspection
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into files of frames.")
 
@@ -17,36 +20,98 @@ def _group() -> None:
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Frames in any format that is read.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Frames in any format that is read; training set first.")
+    ],
     topology: Topology = None,
     unit: Units = None,
     key: Keys = None,
+    cutoff: Annotated[float, typer.Option(help="Of the neighbours that are counted, in Å.")] = 5.0,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
     json: Json = None,
 ) -> None:
-    """Count frames, elements and labels, and check that the numbers are plausible."""
+    """Count, check and draw what files hold; of several, find the frames that two of them share."""
     check_json(json)
-    import warnings
+    from equimd.report.data_figure import check_figure, write_figure
+    from equimd.report.inspection import Comparison, inspect_files
 
-    from equimd.frames import PlausibilityWarning
-    from equimd.report.inventory import summarise
+    if figure is not None:
+        check_figure(figure)
+    opened = [open_frames(file, topology, unit, key, finite=False) for file in files]
+    with progress() as stages:
+        draw = None if figure is None else lambda names, surveys: write_figure(figure, names, surveys)
+        result = inspect_files(opened, cutoff, stages, draw)
+    looked = result.files if isinstance(result, Comparison) else [result]
+    emit(result, json, lambda: _show(looked, result, unit or [], figure))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PlausibilityWarning)  # the summary says so itself
-        result = summarise(file, open_frames(file, topology, unit, key))
 
-    def show():  # noqa: ANN202
-        sizes = result.n_atoms
-        rows = [
-            ("Frames", f"{result.n_frames:,}", f"{result.periodic:,} periodic"),
-            ("Atoms", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}", ""),
-            ("Elements", " ".join(result.elements), ""),
-            *((f"Frames with {label}", f"{count:,}", "") for label, count in result.n_labelled.items()),
-        ]
-        if result.energy_per_atom:
-            low, mean, high = result.energy_per_atom
-            rows.append(("Energy per atom", f"{mean:.4f}", f"eV, from {low:.4f} to {high:.4f}"))
-        rows.append(("RMS force", number(result.force_rms), "eV/Å"))
-        rows += [("Warning", text, "") for text in result.warnings]
-        return grid(str(file), rows)
+def _show(looked: "list[Inspection]", result: "Inspection | Comparison", units: list[str], figure: Path | None) -> Any:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
 
-    emit(result, json, show)
+    from equimd.report.inspection import suggest_recipe
+
+    parts: list[Any] = [grid(one.path, _rows(one)) for one in looked]
+    if len(looked) > 1:
+        parts.append(grid("Between the files", _shared_rows(result)))
+    parts += [Text("For a recipe", style="bold"), Padding(Text(suggest_recipe(looked, units)), (1, 2))]
+    if figure is not None:
+        parts.append(Text(f"Drawn in {figure}"))
+    return Group(*parts)
+
+
+def _rows(one: "Inspection") -> list[tuple[str, str, str]]:
+    sizes, quantiles = one.n_atoms, one.force_quantiles or {}
+    rows = [
+        ("Frames", f"{one.n_frames:,}", f"{one.periodic:,} periodic" if one.periodic else "none periodic"),
+        ("Atoms", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}", "in a frame"),
+        ("Elements", " ".join(one.elements), ", ".join(f"{count:,}" for count in one.elements.values()) + " atoms"),
+        *((f"Frames with {label}", f"{count:,}", "") for label, count in one.n_labelled.items()),
+    ]
+    if one.isolated_atoms:
+        values = ", ".join(f"{symbol} {energy:.4f}" for symbol, energy in one.isolated_atoms.items())
+        rows.append(("Isolated atoms", values, "eV, set aside"))
+    if one.energy_per_atom:
+        low, mean, high = one.energy_per_atom
+        rows.append(("Energy per atom", f"{mean:.4f}", f"eV, from {low:.4f} to {high:.4f}"))
+        rows.append(
+            ("Energy beyond the fit", number(one.energy_residual, 1e3), "meV/atom, RMS; fitted atomic energies")
+        )
+    if quantiles:
+        by_element = ", ".join(f"{symbol} {number(value)}" for symbol, value in one.force_rms_by_element.items())
+        rows.append(("RMS force", number(one.force_rms), f"eV/Å per component; {by_element}"))
+        tail = f"eV/Å, median; 99 % below {number(quantiles['99'])}, all below {number(quantiles['100'])}"
+        rows.append(("Force on an atom", number(quantiles["50"]), tail))
+    if one.volume_per_atom:
+        volume = one.volume_per_atom
+        rows.append(("Volume per atom", number(volume.mean), f"Å³, from {number(volume.low)} to {number(volume.high)}"))
+    spread = f"within {one.cutoff:g} Å; by frame {number(one.neighbors.low)} to {number(one.neighbors.high)}"
+    rows.append(("Neighbours of an atom", number(one.neighbors.mean), spread))
+    rows.append(("Closest atoms", number(one.shortest), "Å"))
+    rows.append(("Duplicates inside", f"{one.n_duplicates:,}", _frames(f"{a} = {b}" for a, b in one.duplicates)))
+    rows.append(("Outliers", f"{one.n_outliers:,}", ""))
+    rows += [
+        ("", f"frame {odd.frame}", f"{odd.what} {number(odd.value)} {odd.unit}".rstrip()) for odd in one.outliers[:5]
+    ]
+    if one.n_not_finite:
+        rows.append(("Labels not finite", f"{one.n_not_finite:,}", "training refuses them"))
+        rows += [("", f"frame {frame}", what) for frame, what in one.not_finite[:5]]
+    if one.n_net_force:
+        rows.append(("Net force", f"{one.n_net_force:,}", "molecules whose forces do not add up to zero"))
+    return rows + [("Warning", text, "") for text in one.warnings]
+
+
+def _shared_rows(result: Any) -> list[tuple[str, str, str]]:
+    rows = []
+    for pair in result.shared:
+        names = f"{Path(pair.file).name} in {Path(pair.other).name}"
+        rows.append((names, f"{pair.n_frames:,} frames", _frames(f"{a} = {b}" for a, b in pair.frames)))
+        if pair.new_elements:
+            rows.append(("", " ".join(pair.new_elements), f"not in {Path(pair.other).name}"))
+    return rows
+
+
+def _frames(shown: Any) -> str:
+    names = list(shown)
+    return "frames " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else ""

@@ -78,6 +78,17 @@ class FrameArrays:
         out = {name: self[name][atoms] for name in ATOM_FIELDS} | {name: self[name][edges] for name in EDGE_FIELDS}
         return out | {name: self[name][k] for name in FRAME_FIELDS}
 
+    def distances(self, frames: slice, atoms: slice, edges: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths (E,) in Å of the edges of a chunk, and their receivers and senders, counted within the chunk."""
+        frame = np.repeat(np.arange(frames.stop - frames.start), self["n_edges"][frames])
+        first = (self.atom_start[frames.start : frames.stop] - atoms.start)[frame]
+        i, j = first + self["edges"][edges, 0], first + self["edges"][edges, 1]
+        positions, shifts = np.asarray(self["positions"][atoms]), np.asarray(self["shifts"][edges])
+        vectors = positions[j] - positions[i]
+        if shifts.any():
+            vectors = vectors + np.einsum("ea,eab->eb", shifts, np.asarray(self["cell"][frames])[frame])
+        return np.linalg.norm(vectors, axis=1), i, j
+
     def chunks(self, n_frames: int = 4096) -> Iterator[tuple[slice, slice, slice]]:
         """Ranges of frames, of their atoms and of their edges that cover the set."""
         for start in range(0, len(self), n_frames):

@@ -16,7 +16,7 @@ from equimd.results import Block
 from equimd.training.cache import Request, file_sha256, frame_arrays, remembered
 from equimd.training.data import FrameSet, check_frame_set, first_with
 from equimd.training.recipe import Recipe
-from equimd.training.statistics import Origin, Statistics, isolated_atom_energies, statistics
+from equimd.training.statistics import IsolatedAtomEnergies, Statistics, isolated_atom_energies, statistics
 
 _N_SHOWN = 3
 
@@ -29,13 +29,12 @@ class Duplicates(Block):
 
 @dataclass(frozen=True)
 class Dataset:
-    """The splits of a recipe; isolated-atom energies in eV by atomic number with their origin; SHA-256 of each file."""
+    """The splits of a recipe, what was measured on them, and the SHA-256 of each file."""
 
     train: FrameSet
     valid: FrameSet
     test: FrameSet | None
-    isolated_atom_energies: dict[int, float]
-    origin: dict[int, Origin]
+    atoms: IsolatedAtomEnergies
     statistics: Statistics
     sha256: dict[str, str]
 
@@ -44,7 +43,7 @@ class Dataset:
         return {
             "data_sha256": self.sha256,
             "n_train": len(self.train),
-            "isolated_atom_energies_from": {chemical_symbols[z]: origin for z, origin in self.origin.items()},
+            "isolated_atom_energies_from": {chemical_symbols[z]: origin for z, origin in self.atoms.origin.items()},
         }
 
     def summary(self) -> list[str]:
@@ -59,10 +58,14 @@ class Dataset:
             f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom"
         ]
         for origin, how in (("least squares", "fitted by least squares"), ("isolated atoms", "of isolated atoms")):
-            chosen = [z for z in self.train.species if self.origin.get(z) == origin]
+            chosen = [z for z in self.train.species if self.atoms.origin.get(z) == origin]
             if chosen:
-                values = ", ".join(f"{chemical_symbols[z]} {self.isolated_atom_energies[z]:.4f}" for z in chosen)
+                values = ", ".join(f"{chemical_symbols[z]} {self.atoms.energies[z]:.4f}" for z in chosen)
                 lines.append(f"isolated-atom energies {how}: {values} eV")
+        if not self.atoms.determined:
+            lines.append(
+                "the compositions do not tell the elements apart: of the fitted energies only sums mean something"
+            )
         return lines
 
 
@@ -101,8 +104,7 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         train=sets["train"],
         valid=sets["valid"],
         test=sets.get("test"),
-        isolated_atom_energies=atoms.energies,
-        origin=atoms.origin,
+        atoms=atoms,
         statistics=statistics(sets["train"].arrays, atoms.energies),
         sha256=sha256,
     )

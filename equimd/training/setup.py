@@ -42,13 +42,13 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
     device = _device(recipe.device)
     data = read_data(recipe, progress)
     train = data.train
-    potential, ancestry = make_potential(recipe, train, data.isolated_atom_energies, data.statistics)
+    potential, ancestry = make_potential(recipe, train, data.atoms.energies, data.statistics)
     potential = potential.to(device=device)
     check_training_kernels(potential)
     resolved = recipe.model_dump(mode="json")
     resolved["model"] = potential.settings.model_dump(mode="json")
     resolved["data"]["isolated_atom_energies"] = {
-        chemical_symbols[z]: energy for z, energy in data.isolated_atom_energies.items()
+        chemical_symbols[z]: energy for z, energy in data.atoms.energies.items()
     }
     header = {
         "name": recipe.name,
