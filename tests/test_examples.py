@@ -11,6 +11,7 @@ RUNS = {
     "ase_md.py": (["20"], "fs"),
     "equivariance_along_md.py": (["40"], "of the loss"),
     "train_tiny.py": (["10"], "validation force MAE"),
+    "search_optuna.py": (["3"], "best of 3"),
     "someone_elses_calculator.py": ([], "ns/day"),
     "openmm_md.py": (["10"], "Temperature"),
 }

@@ -81,6 +81,13 @@ _POWERS = {True: 0.0, "sqrt": 0.5, False: 1.0}
 """Of N, which the error per atom is multiplied with."""
 
 
+def label_counts(graph: AtomGraph, section: LossSection) -> Tensor:
+    """How many terms the means of energy, forces and stress are over, (3,): for losses of parts of a batch."""
+    labels = (graph.energy.unsqueeze(1), graph.forces, stress_labels(graph).flatten(1))
+    known = [~torch.isnan(label) for label in labels]
+    return torch.stack([(k.any(dim=1) if section.kind == "mae" else k).sum() for k in known]).to(torch.float64)
+
+
 def stress_labels(graph: AtomGraph) -> Tensor:
     """Stress labels (S, 3, 3), NaN where there is no volume; in the axes of the data where ``rotate_graph`` says so."""
     label = graph.unrotated_stress if "unrotated_stress" in graph else graph.stress

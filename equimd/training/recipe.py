@@ -171,6 +171,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = values.get(section)
+        if section == "init_from" and isinstance(inner, str):
+            inner = {"checkpoint": inner}
         values[section] = values = dict(inner) if isinstance(inner, dict) else {}
     try:
         values[last] = yaml.safe_load(text)

@@ -105,6 +105,31 @@ def test_recipe_value_and_override(refused, unchanged):
     assert "key=value" in refused("train", path, "-o", "run", "--set", "optimizer.lr")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["init_from=PARENT", "model.family=transformer"], "the equivariant family, model.family is 'transformer'"),
+        (["init_from=PARENT", "model.n_channels=8"], "has n_channels 4, model.n_channels is 8"),
+        (["init_from=PARENT", "init_from.freeze=[embeding]"], "'embeding' is no parameter"),
+        (["init_from=PARENT", "init_from.frozen=[embedding]"], "unknown key 'init_from.frozen'"),
+        (["init_from=no-such-potential"], "no potential is called"),
+        (["schedule.kind=plateau", "schedule.decay_fraction=0.5"], "which is for kind 'wsd'"),
+        (["loss.stages=[{start: 0.5}, {start: 0.1}]"], "ascend"),
+        (["ema.fraction=0.7"], "ema.fraction is 0.7"),
+    ],
+)
+def test_fine_tuning_and_schedules(settings, says, potentials, labelled, refused, unchanged):
+    path = recipe(
+        model={},
+        data={"train": str(labelled), "valid": str(labelled), "isolated_atom_energies": {"H": -10.7, "O": -102.5}},
+    )
+    if not any("init_from" in setting for setting in settings):
+        settings = [*settings, "model.family=equivariant"]
+    changes = [part for s in settings for part in ("--set", s.replace("PARENT", potentials["equivariant"]))]
+    unchanged()
+    assert says in refused("train", path, "-o", "run", *changes)
+
+
 def test_missing_labels(potentials, refused, unchanged):
     write_frames("bare.xyz", [water()])
     path = recipe()

@@ -10,7 +10,7 @@ from toys import ISOLATED, ToyPotential
 from training_samples import TINY, labelled_graph, spring_frames
 
 from equimd.errors import InputError
-from equimd.graph import batch_graphs, graph_from_arrays
+from equimd.graph import AtomGraph, batch_graphs, graph_from_arrays
 from equimd.models.checkpoint import build_potential
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.potential import Prediction
@@ -19,7 +19,7 @@ from equimd.rotations import rotate_tensor, rotate_vectors
 from equimd.training import train
 from equimd.training.augment import epoch_rotations, rotate_graph
 from equimd.training.data import build_frame_set
-from equimd.training.loss import active_weights, loss_terms
+from equimd.training.loss import active_weights, label_counts, loss_terms
 from equimd.training.recipe import make_recipe
 from equimd.training.sections import LastWeights, LossSection
 from equimd.training.validation import evaluate
@@ -244,6 +244,31 @@ def test_a_stress_known_in_part_is_learned_from_rotated_frames():
     assert total(rotated) == pytest.approx(0.3**2)
     graph.stress[0, 0, 0] += 1.0
     assert total(rotate_graph(graph, rotations)) == pytest.approx((12 * 0.3**2 + 1.3**2) / 13)
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber", "mae"])
+def test_losses_of_parts_add_up_by_their_counts(kind):
+    potential = ToyPotential().double()
+    graph = labelled_graph(potential)
+    graph.energy, graph.forces, graph.stress = graph.energy + 0.4, graph.forces + 0.2, graph.stress + 0.3
+    graph.energy[1] = graph.forces[1] = graph.forces[2, 0] = graph.stress[0, 1] = float("nan")
+    prediction = potential(graph, stress=True)
+    whole, parts = label_counts(graph, LossSection(kind=kind)), []
+    for s in range(2):
+        atoms = graph.batch == s
+        part = AtomGraph(batch=torch.zeros(4, dtype=torch.int64), forces=graph.forces[atoms])
+        part.cell, part.energy, part.stress = graph.cell[s : s + 1], graph.energy[s : s + 1], graph.stress[s : s + 1]
+        part.n_systems = 1
+        own = Prediction(prediction.energy[s : s + 1], None, prediction.forces[atoms], prediction.stress[s : s + 1])
+        parts.append((own, part, label_counts(part, LossSection(kind=kind)) / whole))
+    for term in range(3):
+        section = LossSection(**dict(zip(("energy", "forces", "stress"), np.eye(3)[term], strict=True)), kind=kind)
+        totals = [float(loss_terms(own, part, section, section).total) for own, part, _ in parts]
+        wanted = float(loss_terms(prediction, graph, section, section).total)
+        assert wanted > 1e-3
+        assert sum(t * float(share[term]) for t, (_, _, share) in zip(totals, parts, strict=True)) == pytest.approx(
+            wanted
+        )
 
 
 def test_missing_labels_through_a_training(folder, values):
