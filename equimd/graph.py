@@ -133,6 +133,19 @@ def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
     return out
 
 
+def select_systems(graph: AtomGraph, systems: Tensor) -> AtomGraph:
+    """The structures ``systems`` (K,), ascending and none of them twice, as a batch of their own; K may be zero."""
+    place = torch.full((graph.n_systems,), -1, device=systems.device)
+    place[systems] = torch.arange(len(systems), device=systems.device)
+    atoms = place[graph.batch] >= 0
+    edges = atoms[graph.edge_index[0]]
+    out = AtomGraph(edge_index=(atoms.cumsum(0) - 1)[graph.edge_index[:, edges]], batch=place[graph.batch[atoms]])
+    for key in set(graph.keys()) - {"edge_index", "batch", "n_systems"}:
+        out[key] = graph[key][atoms if key in _ATOM_KEYS else edges if key in _EDGE_KEYS else systems]
+    out.n_systems = len(systems)
+    return out
+
+
 def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
     """What a network derives from the edges alone (sort orders, padded layouts): built once per edge list.
 

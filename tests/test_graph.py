@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch_geometric.data import Batch
 
-from equimd.graph import AtomGraph, batch_graphs, derived, edge_vectors, graph_from_arrays, make_graph
+from equimd.graph import (
+    AtomGraph,
+    batch_graphs,
+    derived,
+    edge_vectors,
+    graph_from_arrays,
+    make_graph,
+    select_systems,
+)
 from equimd.neighbors import neighbor_list
 
 CUTOFF = 4.0
@@ -191,3 +199,17 @@ def test_derived_is_kept_until_the_edges_are_others():
 def test_moving_to_a_device_keeps_the_number_of_systems():
     graph = batch_graphs([random_graph(0), random_graph(1)]).to("cpu")
     assert graph.n_systems == 2
+
+
+@pytest.mark.parametrize("chosen", [[0, 2], [1], [0, 1, 2], []])
+def test_structures_of_a_batch_as_a_batch(chosen):
+    graphs = [random_graph(seed, n) for seed, n in ((0, 6), (1, 4), (2, 5))]
+    part = select_systems(batch_graphs(graphs), torch.tensor(chosen, dtype=torch.int64))
+    assert part.n_systems == len(chosen)
+    if not chosen:
+        assert part.n_atoms == part.n_edges == 0
+        assert part.cell.shape == (0, 3, 3)
+        return
+    expected = batch_graphs([graphs[k] for k in chosen])
+    for field in FIELDS:
+        assert torch.equal(part[field], expected[field]), field

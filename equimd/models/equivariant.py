@@ -37,6 +37,7 @@ from equimd.models.radial import BesselBasis, polynomial_cutoff, safe_norm, zbl_
 
 if TYPE_CHECKING:
     from equimd.kernels.network import FusedNetwork, Network
+    from equimd.models.auxiliary import EquivariantAuxiliary
     from equimd.models.dual_training import Trainer
 
 # Relative error of tabulated radial functions, by precision of the network. That of their slopes is some 200 times
@@ -250,15 +251,33 @@ class EquivariantPotential(Potential):
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
+        _, scalars = self._features(graph, vectors)
+        return self.readout(scalars.flatten(1)).squeeze(-1)
+
+    def network_and_vectors(
+        self, graph: AtomGraph, vectors: Tensor, auxiliary: "EquivariantAuxiliary", given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N,), and vectors (N, K, 3) from the features of the last layer but one: the last has scalars."""
+        told = None if given is None else auxiliary.tell(given.to(self.dtype))
+        features, scalars = self._features(graph, vectors, told)
+        return self.readout(scalars.flatten(1)).squeeze(-1), auxiliary.vectors(features)
+
+    def _features(self, graph: AtomGraph, vectors: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features (N, D, C) after the last layer but one and (N, 1, C) after the last.
+
+        ``told`` (N, D, C) is added after the first layer, which takes scalars only.
+        """
         topology = topology_of(graph)
         distances = safe_norm(vectors)
         basis = self.radial_basis(distances).to(self.dtype)
         sh = spherical_harmonics(vectors / distances.unsqueeze(-1), self.settings.l_max)
         sh = (sh * self.message_scale).to(self.dtype)  # 1/√n̄ is applied where it is cheapest
-        x = self.embedding[self.species_of(graph)].unsqueeze(1)
-        for layer in self.interactions:
-            x = layer(x, sh, basis, topology, self.kernel_backend)
-        return self.readout(x.flatten(1)).squeeze(-1)
+        before = x = self.embedding[self.species_of(graph)].unsqueeze(1)
+        for k, layer in enumerate(self.interactions):
+            before, x = x, layer(x, sh, basis, topology, self.kernel_backend)
+            if k == 0 and told is not None:
+                x = x + told
+        return before, x
 
     def radial_basis(self, distances: Tensor) -> Tensor:
         """Radial basis (E, n_bessel), smoothly zero at the cutoff."""

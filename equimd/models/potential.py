@@ -141,6 +141,16 @@ class Potential(nn.Module, ABC):
         """Atomic outputs (N,) and direct forces (N, 3) in eV/Å; only where ``direct_forces`` is True."""
         raise TypeError(f"{type(self).__name__} has no direct-force head")
 
+    def network_and_vectors(
+        self, graph: AtomGraph, vectors: Tensor, auxiliary: Any, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of ``network`` (N,) and K dimensionless vectors per atom (N, K, 3) from heads that only train it.
+
+        ``auxiliary`` holds the heads, see ``models.auxiliary``; ``given`` (N, 3), dimensionless, is a vector told to
+        each atom, and zeros tell nothing: the outputs are then those of ``network``.
+        """
+        raise TypeError(f"{type(self).__name__} has no auxiliary heads")
+
     def species_of(self, graph: AtomGraph) -> Tensor:
         """Species index (N,) of every atom; unknown elements are refused where graphs are made."""
         kind = self.species_index[graph.atomic_numbers]
@@ -157,6 +167,11 @@ class Potential(nn.Module, ABC):
         """Atomic energies (N,) in eV relative to isolated atoms and direct forces (N, 3) in eV/Å."""
         output, forces = self.network_with_forces(graph, vectors)
         return self._energies(graph, vectors, output), forces
+
+    def energies_of(self, graph: AtomGraph, vectors: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Total energies (S,) and atomic energies (N,) relative to isolated atoms, float64 eV, from outputs (N,)."""
+        energies = self._energies(graph, vectors, output)
+        return self._total(graph, energies), energies
 
     def _energies(self, graph: AtomGraph, vectors: Tensor, output: Tensor) -> Tensor:
         kind = self.species_of(graph)

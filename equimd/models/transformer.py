@@ -19,7 +19,7 @@ work is matrix products. Shapes in comments: N atoms, M neighbour slots, T = 1 +
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -36,6 +36,7 @@ from equimd.models.token_ops import attention, rms_norm, swiglu
 if TYPE_CHECKING:
     from equimd.kernels.token_network import FusedTransformer
     from equimd.kernels.token_weights import TokenNetwork
+    from equimd.models.auxiliary import TransformerAuxiliary
     from equimd.models.dual_training import Trainer
 
 
@@ -203,14 +204,22 @@ class TransformerPotential(Potential):
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
         """Dimensionless atomic outputs (N,) from edge vectors (E, 3) in Å."""
-        return self._readout(graph, vectors)[:, 0]
+        return self._readout(graph, vectors)[0][:, 0]
 
     def network_with_forces(self, graph: AtomGraph, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Atomic outputs (N,) and forces (N, 3) in eV/Å that are no gradient and need not sum to zero."""
         if not self.direct_forces:
             return super().network_with_forces(graph, vectors)
-        output = self._readout(graph, vectors)
+        (output,) = self._readout(graph, vectors)
         return output[:, 0], output[:, 1:] * self.scale[self.species_of(graph)].unsqueeze(1)
+
+    def network_and_vectors(
+        self, graph: AtomGraph, vectors: Tensor, auxiliary: "TransformerAuxiliary", given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N,) and vectors (N, K, 3), both read from the tokens after every GNN layer."""
+        told = None if given is None else auxiliary.tell(given.to(self.dtype))
+        output, read = self._readout(graph, vectors, told, [(auxiliary.atom_heads, auxiliary.edge_heads)])
+        return output[:, 0], read.unflatten(1, (-1, 3))
 
     # --- frozen weights ----------------------------------------------------------------------------------------------
 
@@ -264,27 +273,40 @@ class TransformerPotential(Potential):
 
     # --- autograd ----------------------------------------------------------------------------------------------------
 
-    def _readout(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
-        """Sum of the readouts of all GNN layers, (N, 1) or (N, 4)."""
+    def _readout(
+        self,
+        graph: AtomGraph,
+        vectors: Tensor,
+        told: Tensor | None = None,
+        more: Sequence[tuple[nn.ModuleList, nn.ModuleList]] = (),
+    ) -> list[Tensor]:
+        """Sums over the GNN layers of what is read by the heads, (N, 1) or (N, 4), and by ``more`` of them.
+
+        ``told`` (N, d) is added to the atoms' own tokens at the start.
+        """
         layout = neighbour_layout(graph)
-        x, edge_weights = self._embed(graph, vectors, layout)  # (N, T, d), (N, M)
+        x, edge_weights = self._embed(graph, vectors, layout, told)  # (N, T, d), (N, M)
         n, m, d = graph.n_atoms, layout.width, x.shape[2]
         weights = torch.cat([edge_weights.new_ones(n, 1), edge_weights], dim=1)
-        output = x.new_zeros(n, 1)
+        heads = [(self.atom_heads, self.edge_heads), *more]
+        outputs = [x.new_zeros(n, 1)] * len(heads)
         for k, transformer in enumerate(self.transformers):
             for layer in transformer:  # type: ignore[union-attr]
                 x = layer(x, weights)
             normed = rms_norm(x)
             atoms, edges = normed[:, 0], normed[:, 1:]
-            output = output + self.atom_heads[k](atoms)
-            output = output + (edge_weights.unsqueeze(1) @ self.edge_heads[k](edges)).squeeze(1)
+            for which, (of_atoms, of_edges) in enumerate(heads):
+                read = (edge_weights.unsqueeze(1) @ of_edges[k](edges)).squeeze(1)
+                outputs[which] = outputs[which] + of_atoms[k](atoms) + read
             if k < len(self.messages):
                 sent = self.messages[k](edges).reshape(n * m, d)
                 received = _Swap.apply(sent, layout.reverse).view(n, m, d)  # type: ignore[union-attr]
                 x = x + F.pad(received, (0, 0, 1, 0))
-        return output
+        return outputs
 
-    def _embed(self, graph: AtomGraph, vectors: Tensor, layout: NeighbourLayout) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, graph: AtomGraph, vectors: Tensor, layout: NeighbourLayout, told: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (N, 1 + M, d) and the cutoff weights (N, M) of the neighbours, zero in empty slots."""
         n, m = graph.n_atoms, layout.width
         kind = self.species_of(graph)
@@ -295,5 +317,6 @@ class TransformerPotential(Potential):
         features = torch.cat([vectors, r.unsqueeze(1), self.radial(r)], dim=1).to(self.dtype)
         pair = kind.repeat_interleave(m) * len(self.species) + kind[layout.neighbour]
         edges = self.edge_embedding(features) + self.pair_embedding(pair)
-        tokens = torch.cat([self.species_embedding(kind).unsqueeze(1), edges.view(n, m, edges.shape[1])], dim=1)
+        atoms = self.species_embedding(kind) if told is None else self.species_embedding(kind) + told
+        tokens = torch.cat([atoms.unsqueeze(1), edges.view(n, m, edges.shape[1])], dim=1)
         return tokens, cosine_cutoff(r, self.cutoff, self.cutoff_width).to(self.dtype).view(n, m)

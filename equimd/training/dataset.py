@@ -144,6 +144,10 @@ def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
                 f"loss.{term} is {weight:g} but {', '.join(recipe.data.files('train'))} has no {term} labels; set it to"
                 " 0 or name the labels in data.keys"
             )
+    for name in ("denoising", "pretraining"):
+        if getattr(recipe, name) is not None and not train.has("forces"):
+            files = ", ".join(recipe.data.files("train"))
+            raise InputError(f"{name} needs forces but {files} has no forces labels; leave {name} out")
     metric = recipe.validation.metric
     if not valid.has("forces" if metric.startswith("force") else "energy"):
         raise InputError(

@@ -13,7 +13,7 @@ from equimd.models.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoin
 from equimd.results import Block, Result, provenance
 from equimd.training.augment import epoch_rotations, rotate_graph
 from equimd.training.data import epoch_batches
-from equimd.training.loss import active_weights, loss_terms
+from equimd.training.objective import Objective
 from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
 from equimd.training.recipe import Recipe, load_recipe
 from equimd.training.reporting import MetricsFile, Reporter
@@ -93,10 +93,11 @@ class _Training:
 
     def __init__(self, recipe: Recipe, setup: Setup, folder: Path, reporter: Reporter) -> None:
         self.recipe, self.setup, self.folder, self.reporter = recipe, setup, folder, reporter
-        self.parameters = [p for p in setup.potential.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(setup.potential, recipe.optimizer)
+        self.objective = Objective(recipe, setup.potential)
+        self.parameters = [p for p in setup.potential.parameters() if p.requires_grad] + self.objective.parameters
+        self.optimizers = make_optimizers(setup.potential, recipe.optimizer) + self.objective.make_optimizers()
         self.average = WeightAverage(setup.potential, setup.average, recipe.ema)
-        self.modules: dict[str, torch.nn.Module] = {"weights": setup.potential, "average": setup.average}
+        self.modules = {"weights": setup.potential, "average": setup.average, **self.objective.modules}
         self.progress = read_state(folder, setup.identity, self.modules, self.optimizers) or Progress()
         self.metrics = MetricsFile(folder, self.progress.rows)
         self.n_edges = setup.train.n_edges.cpu().numpy()
@@ -133,15 +134,13 @@ class _Training:
     def step(self, frames: np.ndarray, rotations: np.ndarray | None, fraction: float) -> None:
         """One step of the optimiser on the frames of a batch."""
         begin = time.monotonic()
-        p, recipe, potential = self.progress, self.recipe, self.setup.potential
+        p, recipe = self.progress, self.recipe
         copies = recipe.augmentation.copies if rotations is not None else 1
         device = self.setup.device
         graph = self.setup.train.batch(torch.from_numpy(np.repeat(frames, copies)).to(device))
         if rotations is not None:
             graph = rotate_graph(graph, torch.from_numpy(rotations[frames].reshape(-1, 3, 3)).to(device))
-        weights = active_weights(recipe.loss, fraction)
-        prediction = potential.predict_trainable(graph, stress=weights.stress > 0)
-        loss = loss_terms(prediction, graph, weights, recipe.loss)
+        loss = self.objective(graph, frames, p.epoch, p.step, fraction)
         zero_gradients(self.parameters)
         loss.total.backward()
         norm = gradient_norm(self.parameters, recipe.optimizer.gradient_clip)
@@ -150,13 +149,14 @@ class _Training:
                 f"the gradient is {norm} at step {p.step}; lower optimizer.lr ({recipe.optimizer.lr:g}) or"
                 " optimizer.gradient_clip, or look for frames with huge forces"
             )
-        p.lr = set_learning_rate(self.optimizers, learning_rate_factor(recipe.schedule, p.step, fraction, p.reduced))
+        factor = learning_rate_factor(recipe.schedule, p.step, fraction, p.reduced)
+        p.lr = set_learning_rate(self.optimizers, factor * self.objective.learning_rate_factor(fraction))
         for optimizer in self.optimizers:
             optimizer.step()
         p.step += 1
         self.average.update(p.step)
         p.sums = [s + float(term.detach()) for s, term in zip(p.sums, loss, strict=True)]
-        p.n_sums += 1
+        p.n_sums = [n + bool(term) for n, term in zip(p.n_sums, loss, strict=True)]  # zero is without labels
         p.frames_seen += len(frames) * copies
         self.train_seconds += time.monotonic() - begin
         self.train_frames += len(frames) * copies
@@ -168,22 +168,23 @@ class _Training:
         symmetry = validate_symmetry(setup.average, setup.valid, recipe.validation)
         value = errors.metric(recipe.validation.metric)
         improved = p.best is None or value < p.best or math.isnan(p.best)
-        after_validation(recipe.schedule, p, improved)
         if improved:
-            p.best, p.best_step, p.stale = value, p.step, 0
+            p.best, p.best_step = value, p.step
             save_checkpoint(self.folder / MODEL_FILE, setup.average, self.header())
-        else:
-            p.stale += 1
-        mean = [s / max(p.n_sums, 1) for s in p.sums]
-        milli = 1000.0
+        better = improved or self.objective.pretrains(fraction)  # until its end, gradients are not what is trained
+        p.stale = 0 if better else p.stale + 1
+        after_validation(recipe.schedule, p, better)
+        mean = [s / n if n else None for s, n in zip(p.sums, p.n_sums, strict=True)]
+        rmse = [None if m is None else math.sqrt(m) for m in mean]
         row = {
             "step": p.step,
             "epoch": p.epoch,
             "lr": p.lr,
             "train_loss": mean[0],
-            "train_energy_rmse_meV_per_atom": milli * math.sqrt(mean[1]),
-            "train_force_rmse_meV_per_A": milli * math.sqrt(mean[2]),
-            "train_stress_rmse_meV_per_A3": milli * math.sqrt(mean[3]) if setup.stress else None,
+            "train_energy_rmse_meV_per_atom": _scaled(rmse[1]),
+            "train_force_rmse_meV_per_A": _scaled(rmse[2]),
+            "train_stress_rmse_meV_per_A3": _scaled(rmse[3]),
+            "train_noise_rmse": rmse[4],
             "valid_energy_mae_meV_per_atom": _scaled(errors.energy_per_atom_mae),
             "valid_energy_rmse_meV_per_atom": _scaled(errors.energy_per_atom_rmse),
             "valid_force_mae_meV_per_A": _scaled(errors.force_mae),
@@ -193,7 +194,7 @@ class _Training:
             **({} if symmetry is None else symmetry._asdict()),
         }
         self.metrics.append(row)
-        p.sums, p.n_sums, p.rows = [0.0] * 4, 0, p.rows + 1
+        p.sums, p.n_sums, p.rows = [0.0] * 5, [0] * 5, p.rows + 1
         self.train_seconds, self.train_frames = 0.0, 0
         self.reporter.validated(fraction, {**row, "minutes_left": self._minutes_left(fraction)})
 

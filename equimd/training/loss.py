@@ -14,6 +14,9 @@ counts for structures with a volume only, as others have none.
 Weights may change along a training: with loss.stages [{start: 0.5, energy: 10}] the energy's is another one from half
 of the training on, and loss.last is the last of the stages. With loss.ramp r weights move there linearly, from each
 stage's start to start + r. Forces first, energies later is {energy: 0, stages: [{start: 0.3, energy: 10}], ramp: 0.3}.
+
+Structures that are denoised add w_d ⟨ρ(ε − ε̂)⟩ + w_e w_E ⟨ρ((E − Ê)/D)⟩, with ε the noise in units of its standard
+deviation, and x² for Huber's ρ(ε − ε̂), as δ is in other units.
 """
 
 from typing import NamedTuple
@@ -37,6 +40,21 @@ class LossTerms(NamedTuple):
     energy: Tensor
     forces: Tensor
     stress: Tensor
+    noise: Tensor
+
+
+class Denoised(NamedTuple):
+    """Errors of the structures that are denoised, and the weights of their squares.
+
+    noise_error (n, 3) at atoms with noise, in units of its standard deviation; energy_error (K,) in eV per atom of
+    n_atoms (K,), NaN without a label; ``energy_weight`` multiplies the weight of energies.
+    """
+
+    noise_error: Tensor
+    energy_error: Tensor
+    n_atoms: Tensor
+    weight: float
+    energy_weight: float
 
 
 def active_weights(section: LossSection, progress: float) -> LossWeights:
@@ -52,10 +70,16 @@ def active_weights(section: LossSection, progress: float) -> LossWeights:
     return LossWeights(**weights)
 
 
-def loss_terms(prediction: Prediction, graph: AtomGraph, weights: LossWeights, section: LossSection) -> LossTerms:
-    """The loss of a batch."""
+def loss_terms(
+    prediction: Prediction,
+    graph: AtomGraph,
+    weights: LossWeights,
+    section: LossSection,
+    denoised: Denoised | None = None,
+) -> LossTerms:
+    """The loss of a batch; ``denoised`` adds structures that are not in ``graph``, whose energies are not reported."""
     zero = prediction.forces.new_zeros(())
-    total, squares = zero, {"energy": zero, "forces": zero, "stress": zero}
+    total, squares = zero, {"energy": zero, "forces": zero, "stress": zero, "noise": zero}
     if weights.energy > 0:
         n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems).unsqueeze(1)
         label = graph.energy.unsqueeze(1)
@@ -74,6 +98,14 @@ def loss_terms(prediction: Prediction, graph: AtomGraph, weights: LossWeights, s
         error = (predicted - label.to(zero.dtype)).flatten(1)
         term, squares["stress"] = _term(error, label.flatten(1), section)
         total = total + weights.stress * term
+    if denoised is not None:
+        error = denoised.noise_error
+        squares["noise"] = error.detach().square().mean()
+        total = total + denoised.weight * _mean(error, error, section if section.kind == "mae" else None)
+        if denoised.energy_weight > 0 and weights.energy > 0:
+            error = denoised.energy_error.unsqueeze(1)
+            scaled = error * denoised.n_atoms.unsqueeze(1) ** _POWERS[section.energy_per_atom]
+            total = total + denoised.energy_weight * weights.energy * _mean(scaled, error, section).to(zero.dtype)
     return LossTerms(total, **squares)
 
 
@@ -110,6 +142,8 @@ def _mean(error: Tensor, label: Tensor, section: LossSection | None = None) -> T
         rows = known.any(dim=1)
         # What is not known is zero in a length, and left out elsewhere.
         error = torch.where(known, error, 0.0)[rows] if kind == "mae" else error[known]
+    if error.numel() == 0:
+        return error.new_zeros(())
     if kind == "mae":
         return torch.linalg.vector_norm(error, dim=1).mean()
     if section is None or kind == "mse":

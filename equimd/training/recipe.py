@@ -12,17 +12,21 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from equimd.errors import InputError
+from equimd.models.auxiliary import lacking
 from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, list_potentials, read_tensors
+from equimd.models.transformer import TransformerSettings
 from equimd.training.sections import (
     AugmentationSection,
     BatchSection,
     CheckpointSection,
     DataSection,
+    DenoisingSection,
     EarlyStoppingSection,
     EMASection,
     InitSection,
     LossSection,
     OptimizerSection,
+    PretrainingSection,
     ScheduleSection,
     Section,
     ValidationSection,
@@ -39,6 +43,8 @@ class Recipe(Section):
     init_from: InitSection | None = Field(None, description="a checkpoint; its name is enough")
     loss: LossSection = LossSection()
     augmentation: AugmentationSection = AugmentationSection()
+    denoising: DenoisingSection | None = None
+    pretraining: PretrainingSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     ema: EMASection = EMASection()
@@ -73,6 +79,15 @@ class Recipe(Section):
                     f"early_stopping.patience is {patience}, schedule.patience {wait}: it would stop before lr is"
                     f" reduced; more than {wait} is accepted"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _auxiliary(self) -> "Recipe":
+        for name in ("denoising", "pretraining"):
+            if getattr(self, name) is not None and (problem := lacking(self.model, told=name == "denoising")):
+                raise ValueError(f"{name}: {problem}")
+        if self.pretraining is not None and isinstance(self.model, TransformerSettings) and self.model.direct_forces:
+            raise ValueError("pretraining: model.direct_forces is true; false is accepted, forces are a gradient then")
         return self
 
     @property

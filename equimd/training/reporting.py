@@ -22,6 +22,7 @@ COLUMNS = (
     "train_energy_rmse_meV_per_atom",
     "train_force_rmse_meV_per_A",
     "train_stress_rmse_meV_per_A3",
+    "train_noise_rmse",
     "valid_energy_mae_meV_per_atom",
     "valid_energy_rmse_meV_per_atom",
     "valid_force_mae_meV_per_A",

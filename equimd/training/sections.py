@@ -151,6 +151,29 @@ class ScheduleSection(Section):
         return self
 
 
+class DenoisingSection(Section):
+    """A part of the frames is denoised instead of fitted (DeNS); see objective.py."""
+
+    probability: float = Field(default=0.25, gt=0, lt=1, description="that a frame is denoised instead")
+    per: Literal["batch", "frame"] = Field(
+        default="batch", description="whole batches, at less cost where they are small, or frames one by one"
+    )
+    sigma: float = Field(default=0.05, gt=0, le=1, description="standard deviation of the noise in Å")
+    atoms: float = Field(default=1.0, gt=0, le=1, description="the part of a frame's atoms that gets noise")
+    weight: float = Field(default=0.1, gt=0, description="of the mean squared error of noise / sigma")
+    energy: float = Field(
+        default=0.0, ge=0, description="of the error of the clean structure's energy, times loss.energy"
+    )
+    final: float = Field(default=0.0, ge=0, le=1, description="part of the weight at the end, to which it falls evenly")
+
+
+class PretrainingSection(Section):
+    """Forces come from a head at first, from the gradient of the energy then; see objective.py."""
+
+    fraction: float = Field(default=0.3, gt=0, lt=1, description="the part of the training that is the first one")
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="the part after it in which lr rises once more")
+
+
 class EMASection(Section):
     """Average of the weights; it is what is validated and saved. decay 0 switches it off."""
 

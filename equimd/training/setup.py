@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
         **({"ancestry": ancestry} if ancestry else {}),
     }
     free = ("checkpoint", "device", "max_minutes", "n_threads")  # may change between sessions
-    if recipe.schedule.kind in EXTENDABLE:
+    if recipe.schedule.kind in EXTENDABLE and recipe.pretraining is None:  # which ends at a part of the length
         free += ("epochs", "steps")
     identity = {
         "recipe": {key: value for key, value in resolved.items() if key not in free},

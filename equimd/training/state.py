@@ -21,8 +21,9 @@ class Progress(BaseModel):
     """Counters of a training; everything that the loop needs besides tensors.
 
     step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
-    since the last validation. best is the metric of the best validation, ``stale`` the validations since, ``waited``
-    those since the learning rate was ``reduced``; rows are those of metrics.csv.
+    since the last validation, each over ``n_sums`` steps that had labels for it. best is the metric of the best
+    validation, ``stale`` the validations since, ``waited`` those since the learning rate was ``reduced``; rows are
+    those of metrics.csv.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,8 +32,8 @@ class Progress(BaseModel):
     epoch: int = 0
     batch: int = 0
     frames_seen: int = 0
-    sums: list[float] = [0.0, 0.0, 0.0, 0.0]
-    n_sums: int = 0
+    sums: list[float] = [0.0, 0.0, 0.0, 0.0, 0.0]
+    n_sums: list[int] = [0, 0, 0, 0, 0]
     lr: float | None = None
     best: float | None = None
     best_step: int = 0
