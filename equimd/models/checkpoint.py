@@ -6,7 +6,6 @@ folder that holds such folders is the registry.
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from equimd.errors import InputError
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.potential import MAX_ATOMIC_NUMBER, Potential
 from equimd.models.transformer import TransformerPotential, TransformerSettings
+from equimd.results import DISK_FULL, write_bytes_atomically
 
 FORMAT = "equimd"
 FORMAT_VERSION = 1
@@ -52,25 +52,19 @@ def build_potential(
     raise InputError(f"settings are {type(settings).__name__}; accepted are EquivariantSettings, TransformerSettings")
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename; the old file stays whole until the new one is.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
-        InputError: where the file cannot be written (full disk, no permission, no folder).
+        InputError: where it cannot be written (no permission, no folder).
+        OSError: where the disk is full, which is no fault of the input.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_bytes_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise
         raise InputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str, Any] | None = None) -> None:
@@ -89,7 +83,7 @@ def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
     metadata = {"format": FORMAT, "header": json.dumps(full, ensure_ascii=False, allow_nan=False)}
-    write_bytes_atomically(Path(path), to_safetensors(tensors, metadata))
+    write_file(Path(path), to_safetensors(tensors, metadata))
 
 
 def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

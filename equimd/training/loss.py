@@ -47,6 +47,28 @@ def loss_terms(prediction: Prediction, graph: AtomGraph, weights: LossWeights, s
     return LossTerms(total, energy.detach(), forces.detach(), stress.detach())
 
 
+def label_counts(graph: AtomGraph) -> Tensor:
+    """How many labels a batch has (3,): energies, force components, stress components; on the CPU."""
+    known = [(~torch.isnan(label)).sum() for label in (graph.energy, graph.forces, graph.stress)]
+    return torch.stack(known).to("cpu", torch.float64)
+
+
+def global_share(weights: LossWeights, counts: Tensor, totals: Tensor) -> tuple[LossWeights, Tensor]:
+    """Weights that turn the means over some labels into their share of the mean over all, and these shares (3,).
+
+    ``counts`` (3,) of the ``totals`` (3,) labels of a batch are here: w · (n/N) · (1/n) Σ = w · (1/N) Σ, so that the
+    losses of all parts of a batch, and their gradients, add up to those of the batch as a whole.
+    """
+    shares = torch.where(totals > 0, counts / totals.clamp(min=1), 0.0)
+    energy, forces, stress = shares.tolist()
+    update = {
+        "energy": weights.energy * energy,
+        "forces": weights.forces * forces,
+        "stress": weights.stress * stress,
+    }
+    return weights.model_copy(update=update), shares
+
+
 def _mean(error: Tensor, label: Tensor, section: LossSection) -> Tensor:
     known = ~torch.isnan(label)
     if not bool(known.all()):

@@ -18,6 +18,7 @@ class DataSection(Section):
     valid: str
     test: str | None = None
     n_train: int | None = Field(default=None, ge=1, description="take this many training frames, drawn with the seed")
+    seed: int | None = Field(default=None, ge=0, description="of the draw of n_train; None takes the recipe's")
     isolated_atom_energies: dict[str, float] | str = Field(
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name"
     )
@@ -83,10 +84,13 @@ class EMASection(Section):
 
 
 class BatchSection(Section):
-    """Size of a batch: by frames, by edges, or both."""
+    """Size of a batch: by frames, by edges, or both; over all processes, however many there are."""
 
     n_frames: int | None = Field(default=None, ge=1)
     max_edges: int | None = Field(default=None, ge=1)
+    max_edges_per_pass: int | None = Field(
+        default=None, ge=1, description="most edges of a process in memory at once; gradients of such passes are added"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> "BatchSection":
@@ -106,6 +110,7 @@ class ValidationSection(Section):
         default=None, ge=1, description="a quadrature of this degree instead of random rotations"
     )
     inversion: bool = True
+    max_edges: int = Field(default=12_000, ge=1, description="edges in memory at once")
 
 
 class EarlyStoppingSection(Section):
@@ -119,3 +124,18 @@ class CheckpointSection(Section):
 
     minutes: float | None = Field(default=2.0, gt=0)
     steps: int | None = Field(default=None, ge=1)
+
+
+class WandbSection(Section):
+    """A run of Weights & Biases."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
+class LoggingSection(Section):
+    """Where metrics go besides metrics.csv."""
+
+    tensorboard: bool = Field(default=False, description="event files in the folder tensorboard of the run")
+    wandb: WandbSection | None = None

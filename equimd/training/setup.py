@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from equimd.errors import InputError
@@ -34,9 +35,8 @@ class Setup:
     identity: dict[str, Any]
 
 
-def prepare(recipe: Recipe) -> Setup:
+def prepare(recipe: Recipe, device: torch.device) -> Setup:
     """Read the data, build the potential from the recipe's seed, scale it with the statistics of the training set."""
-    device = _device(recipe.device)
     energies = recipe.isolated_atom_energies()
     sets, sha256 = {}, {}
     for split in ("train", "valid", "test"):
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe) -> Setup:
         path = recipe.path(relative)
         frames = load_frames(path, recipe.data)
         sha256[relative] = file_sha256(path)
-        if split == "train" and (chosen := subset(len(frames), recipe.data.n_train, recipe.seed)) is not None:
+        if split == "train" and (chosen := _chosen(recipe, len(frames))) is not None:
             frames = [frames[k] for k in chosen]
         sets[split] = build_frame_set(frames, recipe.model.cutoff, energies, str(path))
     train = sets["train"]
@@ -74,11 +74,6 @@ def prepare(recipe: Recipe) -> Setup:
         "charge": recipe.data.charge,
         "multiplicity": recipe.data.multiplicity,
     }
-    free = ("checkpoint", "device", "max_minutes", "n_threads")  # may change between sessions
-    identity = {
-        "recipe": {key: value for key, value in resolved.items() if key not in free},
-        "data_sha256": sha256,
-    }
     return Setup(
         train=train.to(device),
         valid=sets["valid"].to(device),
@@ -88,8 +83,22 @@ def prepare(recipe: Recipe) -> Setup:
         stress=train.has("stress"),
         device=device,
         header=header,
-        identity=identity,
+        identity={"recipe": _identity(resolved), "data_sha256": sha256},
     )
+
+
+def _chosen(recipe: Recipe, n_frames: int) -> np.ndarray | None:
+    seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    return subset(n_frames, recipe.data.n_train, seed)
+
+
+def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe must be the same at a resume: all but where it runs, in what pieces, and what it reports."""
+    free = ("checkpoint", "device", "logging", "max_minutes", "n_threads")
+    kept = {key: value for key, value in resolved.items() if key not in free}
+    for section, key in (("batch", "max_edges_per_pass"), ("validation", "max_edges")):
+        kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept
 
 
 def _check_labels(recipe: Recipe, train: FrameSet) -> None:
@@ -108,18 +117,6 @@ def _check_species(sets: dict[str, FrameSet], train: FrameSet) -> None:
         extra = sorted(set(frames.species) - set(train.species))
         if extra:
             raise InputError(f"data.{split} has atomic number {extra[0]}, which no training frame has")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; accepted are auto, cpu, cuda, cuda:<index>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r} but there is no CUDA device here; cpu is accepted")
-    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,9 @@
 """Errors of a potential on a set of frames, and the symmetry record beside them."""
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,10 +11,11 @@ from equimd.graph import AtomGraph
 from equimd.models.potential import Potential
 from equimd.results import Block
 from equimd.training.data import FrameSet
+from equimd.training.distributed import World
 from equimd.training.dynamics import SymmetryRecord, symmetry_record, symmetry_sample
+from equimd.training.memory import advising
 from equimd.training.sections import ValidationSection
-
-_EDGES_PER_BATCH = 12_000
+from equimd.training.sharding import contiguous_part, passes
 
 
 class Errors(Block):
@@ -36,23 +39,26 @@ class Errors(Block):
         return math.nan if value is None else value
 
 
-def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
-    """Errors of ``potential`` on all of ``frames``."""
-    energy, forces, tensors = [], [], []
-    for graph in graph_batches(frames):
-        prediction = potential(graph, stress=stress)
-        energy.append(prediction.energy - graph.energy)
-        forces.append(prediction.forces.to(torch.float64) - graph.forces)
-        if prediction.stress is not None:
-            tensors.append(prediction.stress.to(torch.float64) - graph.stress)
-    total = torch.cat(energy)
-    per_atom = _summary(total / frames.n_atoms)
-    force, sigma = _summary(torch.cat(forces)), _summary(torch.cat(tensors)) if tensors else (None, None)
+def evaluate(potential: Potential, frames: FrameSet, stress: bool, world: World, max_edges: int) -> Errors:
+    """Errors of ``potential`` on all of ``frames``; each process computes a part, in batches of ``max_edges``."""
+    sums = torch.zeros(4, 3, dtype=torch.float64)  # energy per atom, energy, forces, stress: Σ |e|, Σ e², labels
+    with world.together():
+        for graph in graph_batches(frames, max_edges, world):
+            world.check()
+            with advising("validation.max_edges", graph, "in a validation"):
+                prediction = potential(graph, stress=stress)
+            energy = prediction.energy - graph.energy
+            sums[0] += _sums(energy / torch.bincount(graph.batch, minlength=graph.n_systems))
+            sums[1] += _sums(energy)
+            sums[2] += _sums(prediction.forces - graph.forces)
+            if prediction.stress is not None:
+                sums[3] += _sums(prediction.stress - graph.stress)
+    (per_atom, total, force, sigma) = (_means(*row) for row in world.sum(sums).tolist())
     return Errors(
         n_frames=len(frames),
         energy_per_atom_mae=per_atom[0],
         energy_per_atom_rmse=per_atom[1],
-        energy_mae=_summary(total)[0],
+        energy_mae=total[0],
         force_mae=force[0],
         force_rmse=force[1],
         stress_mae=sigma[0],
@@ -60,27 +66,39 @@ def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
     )
 
 
-def graph_batches(frames: FrameSet, n_frames: int | None = None) -> list[AtomGraph]:
-    """The first ``n_frames`` (None: all) in order, in batches of about 12,000 edges."""
-    count = len(frames) if n_frames is None else min(n_frames, len(frames))
-    place = torch.div(frames.edge_start[:count], _EDGES_PER_BATCH, rounding_mode="floor").tolist()
-    starts = [k for k in range(count) if k == 0 or place[k] != place[k - 1]]
-    device = frames.energy.device
-    return [frames.batch(torch.arange(a, b, device=device)) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+def graph_batches(frames: FrameSet, max_edges: int, world: World) -> Iterator[AtomGraph]:
+    """This process's part of ``frames`` in order, in batches of about ``max_edges`` edges."""
+    edge_start = frames.edge_start.cpu().numpy()
+    first, last = contiguous_part(edge_start, world.rank, world.size)
+    for part in passes(np.diff(edge_start)[first:last], max_edges):
+        yield frames.batch(torch.from_numpy(first + part).to(frames.energy.device))
 
 
-def validate_symmetry(potential: Potential, frames: FrameSet, section: ValidationSection) -> SymmetryRecord | None:
+def validate_symmetry(
+    potential: Potential, frames: FrameSet, section: ValidationSection, world: World
+) -> SymmetryRecord | None:
     """L_mean and L_equiv on frames spread evenly over the set; None where the recipe asks for no frames."""
     if section.symmetry_frames == 0:
         return None
     count = min(section.symmetry_frames, len(frames))
-    which = torch.linspace(0, len(frames) - 1, count, device=frames.energy.device).round().long()
-    return symmetry_record(lambda graph: potential(graph).forces, [frames.batch(which)], symmetry_sample(section))
+    which = torch.linspace(0, len(frames) - 1, count).round().long()
+    own = which[world.rank :: world.size].to(frames.energy.device)
+    graph = frames.batch(own) if len(own) else None
+
+    def forces_of(graph: AtomGraph) -> Tensor:
+        world.check()
+        return potential(graph).forces
+
+    return symmetry_record(forces_of, graph, symmetry_sample(section), world)
 
 
-def _summary(error: Tensor) -> tuple[float | None, float | None]:
-    """MAE and RMSE over the components that have labels."""
-    known = error[~torch.isnan(error)]
-    if known.numel() == 0:
-        return None, None
-    return float(known.abs().mean()), float(known.square().mean().sqrt())
+def _sums(error: Tensor) -> Tensor:
+    """Σ |e|, Σ e² and the number of components that have labels, in float64 on the CPU (3,)."""
+    known = ~torch.isnan(error)
+    error = torch.where(known, error, 0.0).to(torch.float64)
+    return torch.stack([error.abs().sum(), error.square().sum(), known.sum().to(torch.float64)]).cpu()
+
+
+def _means(absolute: float, squares: float, count: float) -> tuple[float | None, float | None]:
+    """MAE and RMSE; None without labels."""
+    return (absolute / count, math.sqrt(squares / count)) if count else (None, None)
