@@ -90,7 +90,7 @@ class RunFolder:
     def save_alone(self) -> None:
         """The same where other processes may be gone."""
         if self.world.is_first:
-            with _explaining_a_full_disk():
+            with explaining_a_full_disk():
                 self._write_state()
 
     def load_best(self, potential: Potential) -> None:
@@ -123,13 +123,14 @@ class RunFolder:
         write_state(self.folder, self.progress, self.setup.identity, self.modules, self.optimizers)
 
     def _by_first(self, action: Callable[[], None]) -> None:
-        with self.world.together(), _explaining_a_full_disk():
+        with self.world.together(), explaining_a_full_disk():
             if self.world.is_first:
                 action()
 
 
 @contextmanager
-def _explaining_a_full_disk() -> Iterator[None]:
+def explaining_a_full_disk() -> Iterator[None]:
+    """Say how to go on where a write inside finds no room."""
     try:
         yield
     except OSError as error:
