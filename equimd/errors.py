@@ -1,5 +1,9 @@
-"""The one exception that means "the input is wrong"; the CLI turns it into one line and exit code 2."""
+"""The exceptions whose message is one line for the user; the CLI prints it and exits with 2 or 1."""
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that says what was wrong, the offending value and what is accepted."""
+
+
+class FailedError(RuntimeError):
+    """Work that could not be finished: the message is one line that says what happened and how to go on."""

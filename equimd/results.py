@@ -1,6 +1,7 @@
 """The base of every result object: frozen, JSON by pydantic, with a schema version and the machine it was made on."""
 
 import datetime
+import errno
 import os
 import platform
 import sys
@@ -12,6 +13,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 SCHEMA_VERSION = 1
+
+# What the system says where there is no room for a file.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # A float that may be NaN (an error bar of one sample): NaN in Python, null in JSON, and read back as NaN.
 Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
@@ -48,14 +52,26 @@ class Result(Block):
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write, fsync and rename; the old file stays whole until the new one is."""
+    """Write text as ``write_bytes_atomically`` does."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write, fsync and rename; the old file stays whole until the new one is.
+
+    Raises:
+        OSError: which names the file, where it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -11,7 +11,7 @@ from typing import Any
 from typer import Abort, Exit
 from typer.core import TyperGroup
 
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 
 FAILED, BAD_INPUT = 1, 2
 # What typer returns in place of KeyboardInterrupt.
@@ -59,6 +59,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, InputError):
         _say(f"error: {error}")
         return BAD_INPUT
+    if isinstance(error, FailedError):
+        _say(f"error: {error}")
+        return FAILED
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has stopped; say nothing, and let the interpreter's own flush hit nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

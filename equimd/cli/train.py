@@ -1,11 +1,15 @@
-"""``equimd train``: a potential from a recipe."""
+"""``equimd train``: a potential, or several that make an ensemble, from a recipe."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from equimd.cli.common import Json, check_json, emit, grid, number
+
+if TYPE_CHECKING:
+    from equimd.training.members import EnsembleResult
+    from equimd.training.result import TrainingResult
 
 
 def train(
@@ -17,26 +21,61 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=1e-3.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the folder.")] = False,
+    members: Annotated[
+        int | None, typer.Option("--members", metavar="M", help="Train an ensemble of M, with seeds that count up.")
+    ] = None,
+    bagging: Annotated[
+        bool, typer.Option("--bagging", help="Each member draws data.n_train frames of its own.")
+    ] = False,
     json: Json = None,
 ) -> None:
-    """Train a potential as a recipe says; a killed training continues with --resume."""
-    check_json(json)
-    from equimd.training import load_recipe
-    from equimd.training import train as run
+    """Train a potential as a recipe says; a killed training continues with --resume.
 
-    loaded = load_recipe(recipe, overrides or ())
-    folder = output or Path("runs") / loaded.name
-    result = run(loaded, folder, resume=resume, progress=json != "-")
+    On several processes: torchrun --nproc-per-node=N -m equimd train RECIPE.yaml -o RUN, or the same under srun.
+    """
+    from equimd.training.distributed import join
 
-    def show():  # noqa: ANN202
-        test = result.test or result.valid
-        which = "test" if result.test else "validation"
-        rows = [
-            (f"Force error (MAE), {which}", number(test.force_mae, 1e3), "meV/Å"),
-            (f"Energy error (MAE), {which}", number(test.energy_per_atom_mae, 1e3), "meV/atom"),
-            ("Steps", f"{result.steps:,}", ""),
-            ("Cost", number(result.device_hours), f"device-hours ({result.device})"),
-        ]
-        return grid(f"{result.name} → {folder}", rows)
+    with join() as world:
+        with world.together():
+            check_json(json)
+            from equimd.training import load_recipe
 
-    emit(result, json, show)
+            loaded = load_recipe(recipe, overrides or ())
+            folder = output or Path("runs") / loaded.name
+        if members is not None:
+            from equimd.training.members import train_members
+
+            ensemble = train_members(loaded, folder, members, bagging, resume, progress=json != "-", world=world)
+            if world.is_first:
+                emit(ensemble, json, lambda: _show_ensemble(ensemble, folder))
+            return
+        from equimd.training import train as run
+
+        result = run(loaded, folder, resume=resume, progress=json != "-", world=world)
+        if world.is_first:
+            emit(result, json, lambda: _show(result, folder))
+
+
+def _show(result: "TrainingResult", folder: Path):  # noqa: ANN202
+    test, which = (result.test, "test") if result.test else (result.valid, "validation")
+    devices = result.device if result.n_devices == 1 else f"{result.n_devices} x {result.device}"
+    rows = [
+        (f"Force error (MAE), {which}", number(test.force_mae, 1e3), "meV/Å"),
+        (f"Energy error (MAE), {which}", number(test.energy_per_atom_mae, 1e3), "meV/atom"),
+        ("Steps", f"{result.steps:,}", ""),
+        ("Speed of training", number(result.frames_per_s), "frames/s"),
+        ("Cost", number(result.device_hours), f"device-hours ({devices})"),
+    ]
+    return grid(f"{result.name} → {folder}", rows)
+
+
+def _show_ensemble(result: "EnsembleResult", folder: Path):  # noqa: ANN202
+    single = [member.force_mae for member in result.errors if member.force_mae is not None]
+    rows = [
+        (f"Force error (MAE) of the mean, {result.split}", number(result.mean.force_mae, 1e3), "meV/Å"),
+        ("Force error (MAE) of one member", number(sum(single) / len(single) if single else None, 1e3), "meV/Å"),
+        ("Spread of the members' forces (RMS)", number(result.spread_rms, 1e3), "meV/Å"),
+        ("Correlation of spread and error", number(result.correlation), ""),
+        ("Cost", number(result.device_hours), "device-hours"),
+    ]
+    return grid(f"{result.name}, {len(result.members)} members → {folder}", rows)

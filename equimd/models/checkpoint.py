@@ -1,12 +1,11 @@
 """Checkpoints: tensors in a safetensors file, everything else as JSON in its metadata; nothing in a file is executed.
 
-A potential is a folder with ``model.safetensors`` (and, where it is shipped, card.yaml, recipe.yaml, start.xyz). The
-folder that holds such folders is the registry.
+A potential is a folder with ``model.safetensors`` (and, where it is shipped, card.yaml, recipe.yaml, start.xyz), or one
+with ``ensemble.json``, whose ``members`` are such folders inside. The folder that holds such folders is the registry.
 """
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +19,12 @@ from equimd.errors import InputError
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.potential import MAX_ATOMIC_NUMBER, Potential
 from equimd.models.transformer import TransformerPotential, TransformerSettings
+from equimd.results import DISK_FULL, write_bytes_atomically
 
 FORMAT = "equimd"
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
+ENSEMBLE_FILE = "ensemble.json"
 
 ModelSettings = Annotated[EquivariantSettings | TransformerSettings, Field(discriminator="family")]
 
@@ -52,25 +53,19 @@ def build_potential(
     raise InputError(f"settings are {type(settings).__name__}; accepted are EquivariantSettings, TransformerSettings")
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename; the old file stays whole until the new one is.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
-        InputError: where the file cannot be written (full disk, no permission, no folder).
+        InputError: where it cannot be written (no permission, no folder).
+        OSError: where the disk is full, which is no fault of the input.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_bytes_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if error.errno in DISK_FULL:
+            raise
         raise InputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str, Any] | None = None) -> None:
@@ -89,7 +84,7 @@ def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
     metadata = {"format": FORMAT, "header": json.dumps(full, ensure_ascii=False, allow_nan=False)}
-    write_bytes_atomically(Path(path), to_safetensors(tensors, metadata))
+    write_file(Path(path), to_safetensors(tensors, metadata))
 
 
 def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -207,11 +202,11 @@ def find_potential(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if text and path.is_file():
         return path
-    if text and (path / MODEL_FILE).is_file():
+    if text and any((path / file).is_file() for file in (MODEL_FILE, ENSEMBLE_FILE)):
         return path
     names = list_potentials()
     if path.is_dir() and text:
-        raise InputError(f"the folder {text} holds no {MODEL_FILE}")
+        raise InputError(f"the folder {text} holds neither {MODEL_FILE} nor {ENSEMBLE_FILE}")
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     known = ", ".join(names) or "none installed"
@@ -219,13 +214,43 @@ def find_potential(name_or_path: str | Path) -> Path:
 
 
 def load_potential(name_or_path: str | Path, device: str | torch.device = "auto", dtype: str = "float32") -> Potential:
-    """A trained potential by name or path, ready to compute; ``.header`` is its header, ``.card`` its card or None."""
+    """A trained potential by name or path, ready to compute; ``.header`` is its header, ``.card`` its card or None.
+
+    The folder of an ensemble gives the mean of its members; its header is that of the first, with ``members``.
+    """
     found = find_potential(name_or_path)
+    if found.is_dir() and not (found / MODEL_FILE).is_file():
+        return _load_ensemble(found, device, dtype)
     file = found / MODEL_FILE if found.is_dir() else found
     potential, header = load_checkpoint(file, device, dtype)
     potential.header = header  # type: ignore[assignment]
     potential.card = _read_card(file.parent / "card.yaml")  # type: ignore[assignment]
     return potential
+
+
+def _load_ensemble(folder: Path, device: str | torch.device, dtype: str) -> Potential:
+    from equimd.models.ensemble import EnsemblePotential
+
+    file = folder / ENSEMBLE_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = content["members"]
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_plain(name) for name in names):
+            raise TypeError
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} holds no list 'members' of names of folders beside it") from error
+    loaded = [load_checkpoint(folder / name / MODEL_FILE, device, dtype) for name in names]
+    ensemble = EnsemblePotential([potential for potential, _ in loaded]).eval()
+    ensemble.header = {**loaded[0][1], "name": content.get("name", folder.name), "members": names}  # type: ignore
+    ensemble.card = _read_card(folder / "card.yaml")  # type: ignore[assignment]
+    return ensemble
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names something in a folder, not above or elsewhere."""
+    return name not in ("", ".", "..") and Path(name).name == name
 
 
 def _read_card(path: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Recipe": "equimd.training.recipe",
     "TrainingDivergedError": "equimd.training.loop",
-    "TrainingResult": "equimd.training.loop",
+    "TrainingResult": "equimd.training.result",
     "load_recipe": "equimd.training.recipe",
     "make_recipe": "equimd.training.recipe",
     "train": "equimd.training.loop",
@@ -15,8 +15,9 @@ _PUBLIC = {
 __all__ = ["Recipe", "TrainingDivergedError", "TrainingResult", "load_recipe", "make_recipe", "train"]
 
 if TYPE_CHECKING:
-    from equimd.training.loop import TrainingDivergedError, TrainingResult, train
+    from equimd.training.loop import TrainingDivergedError, train
     from equimd.training.recipe import Recipe, load_recipe, make_recipe
+    from equimd.training.result import TrainingResult
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,8 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         paths = tuple(recipe.path(file) for file in files)
         sha256 |= {file: file_sha256(path) for file, path in zip(files, paths, strict=True)}
         n_frames = recipe.data.n_train if split == "train" else None
-        request = Request(paths, units, keys, recipe.model.cutoff, n_frames, recipe.seed)
+        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+        request = Request(paths, units, keys, recipe.model.cutoff, n_frames, seed)
         names[split] = request.name
         arrays = frame_arrays(request, progress)
         _check_plausible(recipe, arrays, paths)

@@ -1,5 +1,6 @@
 """The symmetry that a network has learned, recorded along its training: L_mean, L_equiv and percent of loss."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from equimd.decomposition import decompose, percent_of_loss
 from equimd.graph import AtomGraph
 from equimd.rotations import GroupSample, quadrature, random_rotations, rotate_back_vectors
 from equimd.training.augment import rotate_all
+from equimd.training.distributed import World
 from equimd.training.sections import ValidationSection
 
 _SEED = 20250101  # the same rotations at every validation of every training
@@ -31,23 +33,38 @@ def symmetry_sample(section: ValidationSection) -> GroupSample:
 
 
 def symmetry_record(
-    forces_of: Callable[[AtomGraph], Tensor], batches: list[AtomGraph], sample: GroupSample
+    forces_of: Callable[[AtomGraph], Tensor], graph: AtomGraph | None, sample: GroupSample, world: World
 ) -> SymmetryRecord:
-    """Split the force loss of ``batches`` over the rotations of ``sample``; ``forces_of`` gives (N, 3) in eV/Å."""
-    device = batches[0].positions.device
-    reference = torch.cat([graph.forces for graph in batches])
-    known = ~torch.isnan(reference).any(dim=1)
+    """Split the force loss over the rotations of ``sample``; ``forces_of`` gives (N, 3) in eV/Å.
+
+    ``graph`` holds the frames of this process, None for none; the losses are pooled over processes.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    with world.together():
+        if graph is not None:
+            sums = _atomic_sums(forces_of, graph, sample)
+    l_mean, l_equiv, n_labelled, l_equiv_of_all, n_atoms = world.sum(sums).tolist()
+    if n_labelled == 0:
+        return SymmetryRecord(math.nan, l_equiv_of_all / n_atoms, math.nan)
+    l_mean, l_equiv = l_mean / n_labelled, l_equiv / n_labelled
+    return SymmetryRecord(l_mean, l_equiv, percent_of_loss(l_mean, l_equiv))
+
+
+def _atomic_sums(forces_of: Callable[[AtomGraph], Tensor], graph: AtomGraph, sample: GroupSample) -> Tensor:
+    """Sums over labelled atoms of L_mean, L_equiv and 1, and over all atoms of L_equiv and 1."""
+    device = graph.positions.device
+    known = ~torch.isnan(graph.forces).any(dim=1)
     back = []
     for matrix in sample.rotations:
         rotation = torch.tensor(matrix, device=device)
-        forces = torch.cat([forces_of(rotate_all(graph, rotation)) for graph in batches]).to(torch.float64)
-        back.append(rotate_back_vectors(forces, rotation))
+        back.append(rotate_back_vectors(forces_of(rotate_all(graph, rotation)).to(torch.float64), rotation))
     predictions = torch.stack(back)
     weights = torch.tensor(sample.weights, device=device)
     corrected = sample.kind == "random"
-    if not bool(known.any()):
-        nan = float("nan")
-        return SymmetryRecord(nan, float(decompose(predictions, weights, None, corrected).l_equiv), nan)
-    split = decompose(predictions[:, known], weights, reference[known], corrected)
-    l_mean, l_equiv = float(split.l_mean), float(split.l_equiv)
-    return SymmetryRecord(l_mean, l_equiv, percent_of_loss(l_mean, l_equiv))
+    n_atoms, n_labelled = len(known), int(known.sum())
+    l_mean = l_equiv = 0.0
+    if n_labelled:
+        split = decompose(predictions[:, known], weights, graph.forces[known], corrected)
+        l_mean, l_equiv = float(split.l_mean) * n_labelled, float(split.l_equiv) * n_labelled
+    of_all = float(decompose(predictions, weights, None, corrected).l_equiv) * n_atoms
+    return torch.tensor([l_mean, l_equiv, n_labelled, of_all, n_atoms], dtype=torch.float64)

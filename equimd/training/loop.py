@@ -1,308 +1,233 @@
 """The training loop: read from top to bottom."""
 
+import copy
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from equimd.errors import InputError
-from equimd.models.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
-from equimd.results import Block, Result, provenance
-from equimd.training.augment import epoch_rotations, rotate_graph
-from equimd.training.data import epoch_batches
-from equimd.training.objective import Objective
+from equimd.errors import FailedError
+from equimd.results import provenance
+from equimd.training.batches import Batches, Epoch
+from equimd.training.distributed import PeerLostError, ReportedElsewhere, StoppedError, World, join
+from equimd.training.files import RunFolder, check_folder
+from equimd.training.memory import OutOfMemoryError, advising
+from equimd.training.objective import Objective, Tasks
 from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
+from equimd.training.plan import fraction_done, is_stale, state_is_due, why_stop
+from equimd.training.precision import PrecisionError, PrecisionReport, matmul_precision, precision_error
 from equimd.training.recipe import Recipe, load_recipe
-from equimd.training.reporting import MetricsFile, Reporter
+from equimd.training.reporting import Reporter, describe, metrics_row
+from equimd.training.result import SymmetrySummary, TrainingResult
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
-from equimd.training.state import Progress, read_state, write_state
-from equimd.training.validation import Errors, evaluate, validate_symmetry
+from equimd.training.validation import evaluate, validate_symmetry
 
-LAST_FILE = "last.safetensors"
-RESULT_FILE = "result.json"
+_PRECISION_FRAMES = 16
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(FailedError):
     """The loss or its gradient is no longer finite."""
 
 
-class SymmetrySummary(Block):
-    """L_mean and L_equiv in (eV/Å)² on validation frames; null without force labels."""
-
-    l_mean: float | None
-    l_equiv: float
-    percent_of_loss: float | None
-
-
-class TrainingResult(Result):
-    """A finished training: errors of the best average of the weights, and what it cost."""
-
-    name: str
-    family: str
-    stopped: Literal["finished", "early stopping", "budget"]
-    steps: int
-    epochs: float
-    best_step: int
-    n_parameters: int
-    device: str
-    device_hours: float
-    sessions: int
-    valid: Errors
-    test: Errors | None
-    symmetry: SymmetrySummary | None
-    versions: dict[str, str]
-
-
 def train(
-    recipe: Recipe | str | Path, run_dir: str | Path | None = None, resume: bool = False, progress: bool = True
+    recipe: Recipe | str | Path,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    world: World | None = None,
 ) -> TrainingResult:
     """Train a potential as ``recipe`` says; everything is written to ``run_dir``, runs/<name> unless given.
 
     model.safetensors (the best average of the weights), last.safetensors, metrics.csv (a row per validation),
-    state.safetensors (for a resume), result.json. With ``resume`` a training that was killed at any moment continues
+    state.safetensors (for a resume), result.json. With ``resume`` a training that was stopped at any moment continues
     from its last state; on the CPU, without max_minutes and with the same n_threads, every tensor is then equal bit
-    for bit to that of a training that was never killed. The ledger of device-hours counts what led to the state.
+    for bit to that of a training that was never stopped. The ledger of device-hours counts what led to the state.
+    Processes that torchrun or srun started train together (``world``: they are joined already), on the batches that
+    one process would take; a resume may have another number of them.
 
     Raises:
-        InputError: bad recipe or data, a ``run_dir`` that exists (without ``resume``), a full disk.
+        InputError: bad recipe or data, a ``run_dir`` that exists (without ``resume``).
+        StoppedError, PeerLostError, OutOfMemoryError: a signal, a dead process, no memory; the state is written first.
         TrainingDivergedError: the loss is not finite any more.
+        FailedError: the disk is full; the last state is whole.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    folder = Path("runs") / recipe.name if run_dir is None else Path(run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; accepted is a folder that does not exist yet")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} exists already; give another folder, or resume to continue what is in it")
-    with threads(recipe.n_threads):
-        setup = prepare(recipe, progress)  # before the folder is made, so that bad input leaves nothing behind
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {folder}: {error.strerror}") from error
-        with Reporter(recipe.name, progress) as reporter:
-            return _Training(recipe, setup, folder, reporter).run()
+    with ExitStack() as stack:
+        world = world or stack.enter_context(join())
+        with world.together():
+            recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+            folder = Path("runs") / recipe.name if run_dir is None else Path(run_dir)
+            device = world.use_device(recipe.device)
+            if world.is_first:
+                check_folder(folder, resume)
+        stack.enter_context(threads(recipe.n_threads))
+        setup = world.first_then_others(
+            lambda: prepare(recipe, device, progress and world.is_first)
+        )  # bad input leaves no folder behind
+        reporter = stack.enter_context(Reporter(recipe.name, progress and world.is_first))
+        stack.enter_context(world.heeding_signals())
+        return _Training(recipe, setup, folder, reporter, world).run()
 
 
 class _Training:
     """One session of a training."""
 
-    def __init__(self, recipe: Recipe, setup: Setup, folder: Path, reporter: Reporter) -> None:
-        self.recipe, self.setup, self.folder, self.reporter = recipe, setup, folder, reporter
+    def __init__(self, recipe: Recipe, setup: Setup, folder: Path, reporter: Reporter, world: World) -> None:
+        self.recipe, self.setup, self.reporter, self.world = recipe, setup, reporter, world
         self.objective = Objective(recipe, setup.potential)
         self.parameters = [p for p in setup.potential.parameters() if p.requires_grad] + self.objective.parameters
         self.optimizers = make_optimizers(setup.potential, recipe.optimizer) + self.objective.make_optimizers()
         self.average = WeightAverage(setup.potential, setup.average, recipe.ema)
-        self.modules = {"weights": setup.potential, "average": setup.average, **self.objective.modules}
-        self.progress = read_state(folder, setup.identity, self.modules, self.optimizers) or Progress()
-        self.metrics = MetricsFile(folder, self.progress.rows)
-        self.n_edges = setup.train.n_edges.cpu().numpy()
-        self.hours_before = self.progress.device_hours
-        self.fraction_before: float | None = None
-        self.started = self.saved = time.monotonic()
-        self.train_seconds, self.train_frames = 0.0, 0
-        self.progress.sessions += 1
+        self.batches = Batches(recipe, setup.train, world)
+        self.files = RunFolder(folder, setup, world, self.objective.modules, self.optimizers)
+        self.progress, self.ledger = self.files.progress, self.files.ledger
 
     def run(self) -> TrainingResult:
-        """Epochs until the recipe's end, then the test."""
+        """Epochs until the recipe's end, then the test; what can be continued leaves its state behind."""
         p, recipe = self.progress, self.recipe
         if p.stopped == "finished" and (p.step < (recipe.steps or 0) or p.epoch < (recipe.epochs or 0)):
             p.stopped = None  # the recipe has become longer
-        while p.stopped is None:
-            batches = epoch_batches(self.n_edges, recipe.batch, recipe.seed, p.epoch)
-            rotations = self._rotations(p.epoch)
-            while p.batch < len(batches) and self._why_stop(len(batches)) is None:
-                self.step(batches[p.batch], rotations, self.fraction(len(batches)))
-                p.batch += 1
-                self.reporter.advance(self.fraction(len(batches)))
-                if self._state_is_due():
-                    self.save()
-            # The state may be that of this very place, so what follows depends on the counters only.
-            stop, fraction = self._why_stop(len(batches)), self.fraction(len(batches))
-            if p.batch == len(batches):
-                p.epoch, p.batch = p.epoch + 1, 0
-            if stop is not None or (p.batch == 0 and p.epoch % recipe.validation.every == 0):
-                self.validate(fraction)
-            patience = recipe.early_stopping.patience if recipe.early_stopping else math.inf
-            p.stopped = stop or ("early stopping" if p.stale >= patience else None)
-        return self.finish()
+        self.files.open(recipe.logging)
+        self.reporter.say(describe(recipe, self.setup, self.world, p.step))
+        try:
+            p.precision_start = p.precision_start or self.precision_error()
+            while p.stopped is None:
+                epoch = self.batches.epoch(p.epoch)
+                while p.batch < len(epoch.batches) and self.why_stop(epoch) is None:
+                    self.step(epoch)
+                    self.reporter.advance(self.fraction(epoch))
+                    if state_is_due(recipe.checkpoint, p.step, self.ledger.hours - self.files.saved_at):
+                        self.files.save()
+                # The state may be that of this very place, so what follows depends on the counters only.
+                stop, epoch_is_done = self.why_stop(epoch), p.batch == len(epoch.batches)
+                epochs = p.epoch + epoch_is_done
+                if stop is not None or (epoch_is_done and epochs % recipe.validation.every == 0):
+                    self.validate(self.fraction(epoch), epochs)
+                p.epoch, p.batch = epochs, 0 if epoch_is_done else p.batch
+                p.stopped = stop or ("early stopping" if is_stale(recipe, p) else None)
+            return self.finish()
+        except (StoppedError, PeerLostError, OutOfMemoryError, ReportedElsewhere):
+            self.files.save_alone()  # no step has been done by half
+            raise
+        finally:
+            self.files.close()
 
-    def step(self, frames: np.ndarray, rotations: np.ndarray | None, fraction: float) -> None:
-        """One step of the optimiser on the frames of a batch."""
+    def step(self, epoch: Epoch) -> None:
+        """One step of the optimiser on the next batch, of which this process takes its part."""
         begin = time.monotonic()
-        p, recipe = self.progress, self.recipe
-        copies = recipe.augmentation.copies if rotations is not None else 1
-        device = self.setup.device
-        graph = self.setup.train.batch(torch.from_numpy(np.repeat(frames, copies)).to(device))
-        if rotations is not None:
-            graph = rotate_graph(graph, torch.from_numpy(rotations[frames].reshape(-1, 3, 3)).to(device))
-        loss = self.objective(graph, frames, p.epoch, p.step, fraction)
+        p, recipe, world = self.progress, self.recipe, self.world
+        fraction = self.fraction(epoch)
+        parts = [self.objective.tasks(g, f, p.epoch, p.step) for f, g in self.batches.passes(epoch, p.batch)]
+        counts = [self.objective.counts(part) for part in parts]
+        totals = self.ledger.agree(sum(counts, start=torch.zeros(5, dtype=torch.float64)))
+        losses = torch.zeros(5, dtype=torch.float64)
         zero_gradients(self.parameters)
-        loss.total.backward()
-        norm = gradient_norm(self.parameters, recipe.optimizer.gradient_clip)
+        with world.together(), matmul_precision(recipe.precision):
+            for part, count in zip(parts, counts, strict=True):
+                losses += self.add_gradient(part, fraction, count / totals.clamp(min=1))
+        losses = world.sum_gradients(self.parameters, losses)
+        norm = float(gradient_norm(self.parameters, recipe.optimizer.gradient_clip))
         if not math.isfinite(norm):
-            raise TrainingDivergedError(
-                f"the gradient is {norm} at step {p.step}; lower optimizer.lr ({recipe.optimizer.lr:g}) or"
-                " optimizer.gradient_clip, or look for frames with huge forces"
-            )
+            raise world.same_everywhere(self.diverged(norm))
         factor = learning_rate_factor(recipe.schedule, p.step, fraction, p.reduced)
         p.lr = set_learning_rate(self.optimizers, factor * self.objective.learning_rate_factor(fraction))
         for optimizer in self.optimizers:
             optimizer.step()
-        p.step += 1
+        p.step, p.batch = p.step + 1, p.batch + 1
         self.average.update(p.step)
-        p.sums = [s + float(term.detach()) for s, term in zip(p.sums, loss, strict=True)]
-        p.n_sums = [n + bool(term) for n, term in zip(p.n_sums, loss, strict=True)]  # zero is without labels
-        p.frames_seen += len(frames) * copies
-        self.train_seconds += time.monotonic() - begin
-        self.train_frames += len(frames) * copies
+        p.sums = [s + loss for s, loss in zip(p.sums, losses.tolist(), strict=True)]
+        p.n_sums = [n + bool(loss) for n, loss in zip(p.n_sums, losses, strict=True)]  # zero is without labels
+        self.ledger.stepped(time.monotonic() - begin, len(epoch.batches[p.batch - 1]) * self.batches.copies)
 
-    def validate(self, fraction: float) -> None:
+    def add_gradient(self, part: Tasks, fraction: float, shares: Tensor) -> Tensor:
+        """Add the gradient of a part's share of the loss; returns its shares of the loss and its terms (5,)."""
+        with advising("batch.max_edges_per_pass", part.usual, f"at step {self.progress.step}"):
+            loss = self.objective.loss(part, fraction, shares)
+            if loss.total.requires_grad:  # not where there are no labels
+                loss.total.backward()
+        terms = torch.stack([term.detach() for term in loss]).to("cpu", torch.float64)
+        return torch.cat([terms[:1], shares[:4] * terms[1:]])
+
+    def validate(self, fraction: float, epochs: int) -> None:
         """Errors of the averaged weights; the best are kept as model.safetensors."""
-        p, recipe, setup = self.progress, self.recipe, self.setup
-        errors = evaluate(setup.average, setup.valid, setup.stress)
-        symmetry = validate_symmetry(setup.average, setup.valid, recipe.validation)
-        value = errors.metric(recipe.validation.metric)
+        p, setup, world, section = self.progress, self.setup, self.world, self.recipe.validation
+        world.check_in_step(setup.potential, p.step)
+        errors = evaluate(setup.average, setup.valid, setup.stress, world, section.max_edges)
+        symmetry = validate_symmetry(setup.average, setup.valid, section, world)
+        value = errors.metric(section.metric)
         improved = p.best is None or value < p.best or math.isnan(p.best)
         if improved:
             p.best, p.best_step = value, p.step
-            save_checkpoint(self.folder / MODEL_FILE, setup.average, self.header())
         better = improved or self.objective.pretrains(fraction)  # until its end, gradients are not what is trained
         p.stale = 0 if better else p.stale + 1
-        after_validation(recipe.schedule, p, better)
-        mean = [s / n if n else None for s, n in zip(p.sums, p.n_sums, strict=True)]
-        rmse = [None if m is None else math.sqrt(m) for m in mean]
-        row = {
-            "step": p.step,
-            "epoch": p.epoch,
-            "lr": p.lr,
-            "train_loss": mean[0],
-            "train_energy_rmse_meV_per_atom": _scaled(rmse[1]),
-            "train_force_rmse_meV_per_A": _scaled(rmse[2]),
-            "train_stress_rmse_meV_per_A3": _scaled(rmse[3]),
-            "train_noise_rmse": rmse[4],
-            "valid_energy_mae_meV_per_atom": _scaled(errors.energy_per_atom_mae),
-            "valid_energy_rmse_meV_per_atom": _scaled(errors.energy_per_atom_rmse),
-            "valid_force_mae_meV_per_A": _scaled(errors.force_mae),
-            "valid_force_rmse_meV_per_A": _scaled(errors.force_rmse),
-            "device_hours": self.device_hours(),
-            "frames_per_s": self.train_frames / self.train_seconds if self.train_seconds else None,
-            **({} if symmetry is None else symmetry._asdict()),
-        }
-        self.metrics.append(row)
-        p.sums, p.n_sums, p.rows = [0.0] * 5, [0] * 5, p.rows + 1
-        self.train_seconds, self.train_frames = 0.0, 0
-        self.reporter.validated(fraction, {**row, "minutes_left": self._minutes_left(fraction)})
+        after_validation(self.recipe.schedule, p, better)
+        row = metrics_row(p, epochs, errors, symmetry, self.ledger)
+        self.files.write_row(row, improved)
+        p.sums, p.n_sums = [0.0] * 5, [0] * 5
+        self.reporter.validated(fraction, row)
 
     def finish(self) -> TrainingResult:
         """Save everything, test the best weights, write result.json."""
-        p, setup = self.progress, self.setup
-        self.save()
-        best, _ = load_checkpoint(self.folder / MODEL_FILE, setup.device, self.recipe.dtype)
-        symmetry = validate_symmetry(best, setup.valid, self.recipe.validation)
+        p, recipe, setup, world = self.progress, self.recipe, self.setup, self.world
+        self.files.save()
+        best = copy.deepcopy(setup.average)
+        self.files.load_best(best)
+        precision, max_edges = None, recipe.validation.max_edges
+        if p.precision_start is not None and (end := self.precision_error()) is not None:
+            precision = PrecisionReport(setting=recipe.precision, start=p.precision_start, end=end)
         result = TrainingResult(
-            name=self.recipe.name,
+            name=recipe.name,
             family=best.family,
             stopped=p.stopped,  # type: ignore[arg-type]
             steps=p.step,
             epochs=p.epoch,
             best_step=p.best_step,
             n_parameters=sum(q.numel() for q in best.parameters()),
+            batch=recipe.batch,
+            learning_rate=recipe.optimizer.lr,
             device=device_name(setup.device),
-            device_hours=self.device_hours(),
+            n_devices=world.size,
+            valid=evaluate(best, setup.valid, setup.stress, world, max_edges),
+            test=None if setup.test is None else evaluate(best, setup.test, setup.stress, world, max_edges),
+            symmetry=SymmetrySummary.of(validate_symmetry(best, setup.valid, recipe.validation, world)),
+            precision=precision,
+            hours=self.ledger.now(),
+            device_hours=self.ledger.device_hours,
+            frames_per_s=self.ledger.frames_per_s(),
             sessions=p.sessions,
-            valid=evaluate(best, setup.valid, setup.stress),
-            test=None if setup.test is None else evaluate(best, setup.test, setup.stress),
-            symmetry=None
-            if symmetry is None
-            else SymmetrySummary(
-                l_mean=_known(symmetry.l_mean),
-                l_equiv=symmetry.l_equiv,
-                percent_of_loss=_known(symmetry.percent_of_loss),
-            ),
             versions=provenance().versions,
         )
-        errors = {"valid": result.valid.model_dump(), "test": result.test and result.test.model_dump()}
-        save_checkpoint(self.folder / MODEL_FILE, best, {**self.header(), "errors": errors})
-        result.write(self.folder / RESULT_FILE)
+        self.files.write_result(best, result)
         return result
 
-    def save(self) -> None:
-        """Write last.safetensors and the state."""
-        self.saved = time.monotonic()
-        self.progress.device_hours = self.device_hours()
-        save_checkpoint(self.folder / LAST_FILE, self.setup.average, self.header())
-        write_state(self.folder, self.progress, self.setup.identity, self.modules, self.optimizers)
+    def fraction(self, epoch: Epoch) -> float:
+        """How much of the training is done, 0 to 1."""
+        return fraction_done(self.recipe, self.progress, self.ledger.hours, len(epoch.batches))
 
-    def header(self) -> dict[str, Any]:
-        """The checkpoints' header, with the ledger as it stands."""
-        p = self.progress
-        ledger = {
-            "device": device_name(self.setup.device),
-            "n_devices": 1,
-            "n_threads": torch.get_num_threads(),
-            "device_hours": self.device_hours(),
-            "sessions": p.sessions,
-            "steps": p.step,
-            "epochs": p.epoch,
-            "frames_seen": p.frames_seen,
-            "best_step": p.best_step,
-        }
-        return {**self.setup.header, "ledger": ledger}
+    def why_stop(self, epoch: Epoch) -> str | None:
+        """Why no further step is done; None where one is."""
+        return why_stop(self.recipe, self.progress, self.ledger.hours, len(epoch.batches))
 
-    def device_hours(self) -> float:
-        """Wall-clock hours of one device, over all sessions; validations included."""
-        return self.hours_before + (time.monotonic() - self.started) / 3600.0
-
-    def fraction(self, n_batches: int) -> float:
-        """How much of the training is done, 0 to 1; drives the schedule."""
-        p, recipe = self.progress, self.recipe
-        if recipe.steps is not None:
-            done = p.step / recipe.steps
-        else:
-            assert recipe.epochs is not None
-            done = (p.epoch + p.batch / n_batches) / recipe.epochs
-        if recipe.max_minutes is not None:
-            done = max(done, self.device_hours() * 60.0 / recipe.max_minutes)
-        return min(1.0, done)
-
-    def _why_stop(self, n_batches: int) -> str | None:
-        p, recipe = self.progress, self.recipe
-        if recipe.steps is not None and p.step >= recipe.steps:
-            return "finished"
-        if recipe.epochs is not None and p.epoch == recipe.epochs - 1 and p.batch == n_batches:
-            return "finished"
-        if recipe.max_minutes is not None and self.device_hours() * 60.0 >= recipe.max_minutes:
-            return "budget"
-        return None
-
-    def _rotations(self, epoch: int) -> np.ndarray | None:
-        if not self.recipe.rotates:
+    def precision_error(self) -> PrecisionError | None:
+        """What the recipe's precision does to the present weights, on frames of the validation set."""
+        if self.recipe.precision == "float32":
             return None
-        section = self.recipe.augmentation
-        return epoch_rotations(len(self.n_edges), section.copies, self.recipe.seed, epoch, section.inversion)
+        valid = self.setup.valid
+        with self.world.together():
+            graph = valid.batch(torch.arange(min(len(valid), _PRECISION_FRAMES), device=self.setup.device))
+            error = precision_error(self.setup.potential, graph, self.recipe.precision)
+        self.reporter.say(
+            f"{self.recipe.precision} products change forces by {error.forces:.2g} and their gradient by"
+            f" {error.gradient:.2g} (relative RMS, {graph.n_systems} validation frames)"
+        )
+        return error
 
-    def _state_is_due(self) -> bool:
-        section = self.recipe.checkpoint
-        if section.steps is not None and self.progress.step % section.steps == 0:
-            return True
-        return section.minutes is not None and time.monotonic() - self.saved > 60.0 * section.minutes
-
-    def _minutes_left(self, fraction: float) -> float | None:
-        if self.fraction_before is None:
-            self.fraction_before, self.started_at = fraction, time.monotonic()
-            return None
-        done = fraction - self.fraction_before
-        return (time.monotonic() - self.started_at) / 60.0 * (1.0 - fraction) / done if done > 0 else None
-
-
-def _scaled(value: float | None) -> float | None:
-    return None if value is None else 1000.0 * value
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    def diverged(self, norm: float) -> TrainingDivergedError:
+        """What to say where the gradient is not finite."""
+        return TrainingDivergedError(
+            f"the gradient is {norm} at step {self.progress.step}; lower optimizer.lr"
+            f" ({self.recipe.optimizer.lr:g}) or optimizer.gradient_clip, or look for frames with huge forces"
+        )

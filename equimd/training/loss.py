@@ -47,7 +47,7 @@ class Denoised(NamedTuple):
     """Errors of the structures that are denoised, and the weights of their squares.
 
     noise_error (n, 3) at atoms with noise, in units of its standard deviation; energy_error (K,) in eV per atom of
-    n_atoms (K,), NaN without a label; ``energy_weight`` multiplies the weight of energies.
+    n_atoms (K,), NaN without a label.
     """
 
     noise_error: Tensor
@@ -100,12 +100,12 @@ def loss_terms(
         total = total + weights.stress * term
     if denoised is not None:
         error = denoised.noise_error
-        squares["noise"] = error.detach().square().mean()
+        squares["noise"] = _mean(error.detach(), error)
         total = total + denoised.weight * _mean(error, error, section if section.kind == "mae" else None)
-        if denoised.energy_weight > 0 and weights.energy > 0:
+        if denoised.energy_weight > 0:
             error = denoised.energy_error.unsqueeze(1)
             scaled = error * denoised.n_atoms.unsqueeze(1) ** _POWERS[section.energy_per_atom]
-            total = total + denoised.energy_weight * weights.energy * _mean(scaled, error, section).to(zero.dtype)
+            total = total + denoised.energy_weight * _mean(scaled, error, section).to(zero.dtype)
     return LossTerms(total, **squares)
 
 
@@ -114,10 +114,20 @@ _POWERS = {True: 0.0, "sqrt": 0.5, False: 1.0}
 
 
 def label_counts(graph: AtomGraph, section: LossSection) -> Tensor:
-    """How many terms the means of energy, forces and stress are over, (3,): for losses of parts of a batch."""
+    """How many terms the means of energy, forces and stress are over, (3,), on the CPU: for parts of a batch."""
     labels = (graph.energy.unsqueeze(1), graph.forces, stress_labels(graph).flatten(1))
     known = [~torch.isnan(label) for label in labels]
-    return torch.stack([(k.any(dim=1) if section.kind == "mae" else k).sum() for k in known]).to(torch.float64)
+    return torch.stack([(k.any(dim=1) if section.kind == "mae" else k).sum() for k in known]).to("cpu", torch.float64)
+
+
+def shared(weights: LossWeights, shares: Tensor) -> LossWeights:
+    """Weights that turn means over some of a batch's labels into their share of the means over all of them.
+
+    ``shares`` (≥ 3,) are n/N, labels of energies, forces and stress here and in all: w · (n/N) · (1/n) Σ = w · (1/N) Σ,
+    so that the losses of all parts of a batch, and their gradients, add up to those of the batch as a whole.
+    """
+    energy, forces, stress = shares[:3].tolist()
+    return LossWeights(energy=weights.energy * energy, forces=weights.forces * forces, stress=weights.stress * stress)
 
 
 def stress_labels(graph: AtomGraph) -> Tensor:

@@ -15,16 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equimd.graph import AtomGraph, edge_vectors, select_systems
 from equimd.models.auxiliary import Auxiliary, make_auxiliary
 from equimd.models.potential import Potential, Prediction
 from equimd.training.denoising import Corrupted, chosen_structures, corrupt
-from equimd.training.loss import Denoised, LossTerms, active_weights, loss_terms
+from equimd.training.loss import Denoised, LossTerms, active_weights, label_counts, loss_terms, shared
 from equimd.training.optim import make_optimizers
 from equimd.training.recipe import Recipe
+from equimd.training.sections import LossWeights
 
 _STREAM = 0x0707  # of the heads' first weights
 
@@ -76,16 +77,12 @@ class Objective:
             return 1.0
         return min(1.0, (fraction - section.fraction) / section.warmup)
 
-    def __call__(self, graph: AtomGraph, frames: np.ndarray, epoch: int, step: int, fraction: float) -> LossTerms:
-        """The loss of the batch of ``step``, at ``fraction`` (0 to 1) of the training.
+    def tasks(self, graph: AtomGraph, frames: np.ndarray, epoch: int, step: int) -> Tasks:
+        """What becomes of the structures of a batch, or of a part of it; none is corrupted that lacks a force.
 
         ``graph`` holds equally many copies of each of the training set's ``frames`` (B,), one after another, rotated
         or not: noise is drawn in its frame of reference, forces are told in it.
         """
-        return self.loss(self.tasks(graph, frames, epoch, step), fraction)
-
-    def tasks(self, graph: AtomGraph, frames: np.ndarray, epoch: int, step: int) -> Tasks:
-        """What becomes of the structures of a batch; one of which a force is missing is not corrupted."""
         section = self.recipe.denoising
         if section is None:
             return Tasks(graph, None)
@@ -101,17 +98,29 @@ class Objective:
         corrupted = corrupt(select_systems(graph, chosen), section, list(generators.values()))
         return Tasks(select_systems(graph, others.squeeze(1)), corrupted)
 
-    def loss(self, tasks: Tasks, fraction: float) -> LossTerms:
-        """The loss of what ``tasks`` says."""
+    def counts(self, tasks: Tasks) -> Tensor:
+        """How many terms each mean is over (5,): energies, forces, stress, noise, energies of what is denoised."""
+        usual, corrupted = label_counts(tasks.usual, self.recipe.loss), tasks.corrupted
+        if corrupted is None:
+            return torch.cat([usual, usual.new_zeros(2)])
+        denoised = torch.stack([corrupted.moved.sum(), (~torch.isnan(corrupted.clean.energy)).sum()])
+        return torch.cat([usual, denoised.to(usual)])
+
+    def loss(self, tasks: Tasks, fraction: float, shares: Tensor) -> LossTerms:
+        """The loss of what ``tasks`` says, at ``fraction`` (0 to 1) of the training.
+
+        ``shares`` (5,): how much of the ``counts`` of the whole batch is here, 1 where all is.
+        """
         recipe, graph = self.recipe, tasks.usual
         weights = active_weights(recipe.loss, fraction)
+        denoised = None if tasks.corrupted is None else self._denoise(tasks.corrupted, fraction, weights, shares)
+        weights = shared(weights, shares)
         if graph.n_systems == 0:
             prediction = _of_nothing(graph)
         elif self.pretrains(fraction):
             prediction = self._read_forces(graph)
         else:
             prediction = self.potential.predict_trainable(graph, stress=weights.stress > 0)
-        denoised = None if tasks.corrupted is None else self._denoise(tasks.corrupted, fraction)
         terms = loss_terms(prediction, graph, weights, recipe.loss, denoised)
         if recipe.denoising is not None and denoised is None:
             # A gradient of zero rather than none: the optimiser's steps are then the same in every process.
@@ -126,7 +135,7 @@ class Objective:
         forces = read[:, self.vectors.index("pretraining")] * scale.unsqueeze(1)
         return Prediction(energy, energies, forces, None)
 
-    def _denoise(self, corrupted: Corrupted, fraction: float) -> Denoised:
+    def _denoise(self, corrupted: Corrupted, fraction: float, weights: LossWeights, shares: Tensor) -> Denoised:
         section, clean, graph = self.recipe.denoising, corrupted.clean, corrupted.graph
         assert section is not None
         scale = self.potential.scale[self.potential.species_of(graph)]
@@ -142,8 +151,8 @@ class Objective:
             noise_error=(noise - corrupted.noise.to(noise.dtype))[corrupted.moved],
             energy_error=(energy - clean.energy) / n_atoms,
             n_atoms=n_atoms,
-            weight=section.weight * (1.0 - (1.0 - section.final) * fraction),
-            energy_weight=section.energy,
+            weight=section.weight * (1.0 - (1.0 - section.final) * fraction) * float(shares[3]),
+            energy_weight=section.energy * weights.energy * float(shares[4]),
         )
 
 

@@ -24,6 +24,7 @@ from equimd.training.sections import (
     EarlyStoppingSection,
     EMASection,
     InitSection,
+    LoggingSection,
     LossSection,
     OptimizerSection,
     PretrainingSection,
@@ -57,9 +58,13 @@ class Recipe(Section):
     validation: ValidationSection = ValidationSection()
     early_stopping: EarlyStoppingSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
     dtype: Literal["float32", "float64"] = "float32"
-    device: str = "auto"
-    n_threads: int | None = Field(default=None, ge=1, description="None leaves torch's setting")
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32", description="of matrix products in training steps; see precision.py"
+    )
+    device: str = Field(default="auto", description="of several processes, each takes a GPU of its own")
+    n_threads: int | None = Field(default=None, ge=1, description="of each process; None leaves torch's setting")
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
@@ -88,6 +93,8 @@ class Recipe(Section):
                 raise ValueError(f"{name}: {problem}")
         if self.pretraining is not None and isinstance(self.model, TransformerSettings) and self.model.direct_forces:
             raise ValueError("pretraining: model.direct_forces is true; false is accepted, forces are a gradient then")
+        if self.precision != "float32" and self.dtype != "float32":
+            raise ValueError(f"precision {self.precision} is for dtype float32; dtype is {self.dtype}")
         return self
 
     @property

@@ -6,12 +6,21 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from equimd.errors import InputError
-from equimd.results import write_text_atomically
+from equimd.results import DISK_FULL, write_text_atomically
+from equimd.training.distributed import World
+from equimd.training.dynamics import SymmetryRecord
+from equimd.training.ledger import Ledger
+from equimd.training.recipe import Recipe
+from equimd.training.setup import Setup, device_name
+from equimd.training.state import Progress
+from equimd.training.validation import Errors
 
 METRICS_FILE = "metrics.csv"
 COLUMNS = (
@@ -46,14 +55,15 @@ class MetricsFile:
             if len(lines) < rows + 1:
                 raise InputError(f"cannot resume: {self.path} has fewer than the {rows} rows that were written")
             kept = "".join(lines[: rows + 1])
-        try:
+        with _writing(self.path):
             write_text_atomically(self.path, kept)
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; numbers with seven significant digits, empty where there is none."""
-        _write(self.path, "a", _line([_text(row.get(column)) for column in COLUMNS]))
+        with _writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line([_text(row.get(column)) for column in COLUMNS]))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _line(cells: Any) -> str:
@@ -68,14 +78,61 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, int | str) else f"{value:.7g}"
 
 
-def _write(path: Path, mode: str, text: str) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk stays an OSError, which names the file; everything else is bad input."""
     try:
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
+        if error.errno in DISK_FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def metrics_row(
+    progress: Progress, epochs: int, errors: Errors, symmetry: SymmetryRecord | None, ledger: Ledger
+) -> dict[str, Any]:
+    """A row of metrics.csv, in the units that its columns name; None where there is no number."""
+    p = progress
+    loss, *squares = (total / n if n else None for total, n in zip(p.sums, p.n_sums, strict=True))
+    energy, forces, stress, noise = (None if mean is None else math.sqrt(mean) for mean in squares)
+    return {
+        "step": p.step,
+        "epoch": epochs,
+        "lr": p.lr,
+        "train_loss": loss,
+        "train_energy_rmse_meV_per_atom": _milli(energy),
+        "train_force_rmse_meV_per_A": _milli(forces),
+        "train_stress_rmse_meV_per_A3": _milli(stress),
+        "train_noise_rmse": noise,
+        "valid_energy_mae_meV_per_atom": _milli(errors.energy_per_atom_mae),
+        "valid_energy_rmse_meV_per_atom": _milli(errors.energy_per_atom_rmse),
+        "valid_force_mae_meV_per_A": _milli(errors.force_mae),
+        "valid_force_rmse_meV_per_A": _milli(errors.force_rmse),
+        "device_hours": ledger.device_hours,
+        "frames_per_s": ledger.recent_frames_per_s(),
+        **({} if symmetry is None else symmetry._asdict()),
+    }
+
+
+def _milli(value: float | None) -> float | None:
+    return None if value is None else 1000.0 * value
+
+
+def describe(recipe: Recipe, setup: Setup, world: World, step: int) -> str:
+    """What is about to be trained, on what, in one line."""
+    batch = recipe.batch
+    sizes = [f"{batch.n_frames:,} frames"] if batch.n_frames else []
+    sizes += [f"at most {batch.max_edges:,} edges"] if batch.max_edges else []
+    parts = [
+        f"{recipe.model.family}, {sum(p.numel() for p in setup.potential.parameters()):,} parameters",
+        f"{len(setup.train):,} training and {len(setup.valid):,} validation frames",
+        f"global batch of {' and '.join(sizes)}",
+        f"lr {recipe.optimizer.lr:g}",
+        f"{world.size} {'process' if world.size == 1 else 'processes'} on {device_name(setup.device)}",
+        f"{recipe.dtype}" + (f" with {recipe.precision} products" if recipe.precision != "float32" else ""),
+    ]
+    return "; ".join(parts) + (f"; continues after step {step:,}" if step else "")
 
 
 class Reporter:
@@ -85,6 +142,7 @@ class Reporter:
         self.name, self.wanted = name, wanted
         self.bar: Any = None
         self._next = 0.0
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> "Reporter":
         if self.wanted and sys.stderr.isatty():
@@ -115,6 +173,13 @@ class Reporter:
             self._next = time.monotonic() + 0.2
             self.bar.update(self.bar.task_ids[0], completed=fraction)
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self.bar is not None:
+            self.bar.console.print(f"{self.name}: {text}", highlight=False, markup=False)
+        elif self.wanted:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
     def validated(self, fraction: float, row: dict[str, Any]) -> None:
         """Show the numbers of a validation."""
         if not self.wanted:
@@ -132,6 +197,13 @@ class Reporter:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=fraction, status=status)
             return
-        left = f"{row['minutes_left']:.1f} min left" if row.get("minutes_left") is not None else ""
-        line = f"{self.name}: {100 * fraction:.0f} % step {row['step']} epoch {row['epoch']}: {status} {left}"
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        line = f"{100 * fraction:.0f} % step {row['step']} epoch {row['epoch']}: {status} {self._time_left(fraction)}"
+        self.say(line.rstrip())
+
+    def _time_left(self, fraction: float) -> str:
+        """By the pace since the first call."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = fraction, now
+        done = fraction - self._first[0]
+        return f"{(now - self._first[1]) / 60.0 * (1.0 - fraction) / done:.1f} min left" if done > 0 else ""

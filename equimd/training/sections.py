@@ -31,6 +31,7 @@ class DataSection(Section):
     valid: Files
     test: Files | None = None
     n_train: int | None = Field(default=None, ge=1, description="take this many training frames, drawn with the seed")
+    seed: int | None = Field(default=None, ge=0, description="of the draw of n_train; None takes the recipe's")
     isolated_atom_energies: dict[str, float] | str | None = Field(
         default=None,
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name; None takes"
@@ -196,10 +197,13 @@ class InitSection(Section):
 
 
 class BatchSection(Section):
-    """Size of a batch: by frames, by edges, or both."""
+    """Size of a batch: by frames, by edges, or both; over all processes, however many there are."""
 
     n_frames: int | None = Field(default=None, ge=1)
     max_edges: int | None = Field(default=None, ge=1)
+    max_edges_per_pass: int | None = Field(
+        default=None, ge=1, description="most edges of a process in memory at once; gradients of such passes are added"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> "BatchSection":
@@ -219,6 +223,7 @@ class ValidationSection(Section):
         default=None, ge=1, description="a quadrature of this degree instead of random rotations"
     )
     inversion: bool = True
+    max_edges: int = Field(default=12_000, ge=1, description="edges in memory at once")
 
 
 class EarlyStoppingSection(Section):
@@ -232,3 +237,18 @@ class CheckpointSection(Section):
 
     minutes: float | None = Field(default=2.0, gt=0)
     steps: int | None = Field(default=None, ge=1)
+
+
+class WandbSection(Section):
+    """A run of Weights & Biases."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
+class LoggingSection(Section):
+    """Where metrics go besides metrics.csv."""
+
+    tensorboard: bool = Field(default=False, description="event files in the folder tensorboard of the run")
+    wandb: WandbSection | None = None

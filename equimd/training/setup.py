@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from ase.data import chemical_symbols
 
-from equimd.errors import InputError
 from equimd.models.potential import Potential
 from equimd.models.selfcheck import check_training_kernels
 from equimd.training.data import FrameSet
@@ -37,9 +36,8 @@ class Setup:
     identity: dict[str, Any]
 
 
-def prepare(recipe: Recipe, progress: bool = False) -> Setup:
+def prepare(recipe: Recipe, device: torch.device, progress: bool = False) -> Setup:
     """Read the data, make the potential that the recipe begins with."""
-    device = _device(recipe.device)
     data = read_data(recipe, progress)
     train = data.train
     potential, ancestry = make_potential(recipe, train, data.atoms.energies, data.statistics)
@@ -59,14 +57,6 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
         "multiplicity": recipe.data.multiplicity,
         **({"ancestry": ancestry} if ancestry else {}),
     }
-    free = ("checkpoint", "device", "max_minutes", "n_threads")  # may change between sessions
-    if recipe.schedule.kind in EXTENDABLE and recipe.pretraining is None:  # which ends at a part of the length
-        free += ("epochs", "steps")
-    identity = {
-        "recipe": {key: value for key, value in resolved.items() if key not in free},
-        "data_sha256": data.sha256,
-        "ancestry": ancestry,
-    }
     if progress:
         for line in data.summary():
             print(f"{recipe.name}: {line}", file=sys.stderr, flush=True)
@@ -79,20 +69,19 @@ def prepare(recipe: Recipe, progress: bool = False) -> Setup:
         stress=train.has("stress"),
         device=device,
         header=header,
-        identity=identity,
+        identity={"recipe": _identity(recipe, resolved), "data_sha256": data.sha256, "ancestry": ancestry},
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; accepted are auto, cpu, cuda, cuda:<index>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r} but there is no CUDA device here; cpu is accepted")
-    return device
+def _identity(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe must be the same at a resume: all but where it runs, in what pieces, and what it reports."""
+    free = ("checkpoint", "device", "logging", "max_minutes", "n_threads")
+    if recipe.schedule.kind in EXTENDABLE and recipe.pretraining is None:  # which ends at a part of the length
+        free += ("epochs", "steps")
+    kept = {key: value for key, value in resolved.items() if key not in free}
+    for section, key in (("batch", "max_edges_per_pass"), ("validation", "max_edges")):
+        kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equimd.errors import InputError
-from equimd.models.checkpoint import read_tensors, write_bytes_atomically
+from equimd.models.checkpoint import read_tensors, write_file
+from equimd.training.precision import PrecisionError
 
 STATE_FILE = "state.safetensors"
 FORMAT = "equimd-training-state"
@@ -23,7 +24,8 @@ class Progress(BaseModel):
     step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
     since the last validation, each over ``n_sums`` steps that had labels for it. best is the metric of the best
     validation, ``stale`` the validations since, ``waited`` those since the learning rate was ``reduced``; rows are
-    those of metrics.csv.
+    those of metrics.csv. hours are of the clock, device_hours those times the number of processes; train_seconds are
+    spent in steps, on frames_seen.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -40,10 +42,13 @@ class Progress(BaseModel):
     stale: int = 0
     reduced: float = 1.0
     waited: int = 0
+    hours: float = 0.0
     device_hours: float = 0.0
+    train_seconds: float = 0.0
     sessions: int = 0
     rows: int = 0
     stopped: str | None = None
+    precision_start: PrecisionError | None = None
 
 
 def write_state(
@@ -65,7 +70,7 @@ def write_state(
                 tensors[f"optimizer{k}/{n}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
     header = {"progress": progress.model_dump(), "identity": identity}
     metadata = {"format": FORMAT, "header": json.dumps(header)}
-    write_bytes_atomically(folder / STATE_FILE, to_safetensors(tensors, metadata))
+    write_file(folder / STATE_FILE, to_safetensors(tensors, metadata))
 
 
 def read_state(

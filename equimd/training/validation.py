@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,11 +11,12 @@ from equimd.graph import AtomGraph
 from equimd.models.potential import Potential
 from equimd.results import Block
 from equimd.training.data import FrameSet
+from equimd.training.distributed import World
 from equimd.training.dynamics import SymmetryRecord, symmetry_record, symmetry_sample
 from equimd.training.loss import stress_labels
+from equimd.training.memory import advising
 from equimd.training.sections import ValidationSection
-
-_EDGES_PER_BATCH = 12_000
+from equimd.training.sharding import contiguous_part, passes
 
 
 class Errors(Block):
@@ -38,25 +40,26 @@ class Errors(Block):
         return math.nan if value is None else value
 
 
-def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
-    """Errors of ``potential`` on all of ``frames``."""
-    energy, per_atom, forces, tensors = [], [], [], []
-    for graph in graph_batches(frames):
-        prediction = potential(graph, stress=stress)
-        n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems)
-        known = ~torch.isnan(graph.energy)
-        energy.append((prediction.energy - graph.energy)[known])
-        per_atom.append(energy[-1] / n_atoms[known])
-        forces.append((prediction.forces.to(torch.float64) - graph.forces)[~torch.isnan(graph.forces)])
-        if prediction.stress is not None:
-            label = stress_labels(graph)
-            tensors.append((prediction.stress.to(torch.float64) - label)[~torch.isnan(label)])
-    per_atom, force, sigma = (_summary(errors) for errors in (per_atom, forces, tensors))
+def evaluate(potential: Potential, frames: FrameSet, stress: bool, world: World, max_edges: int) -> Errors:
+    """Errors of ``potential`` on all of ``frames``; each process computes a part, in batches of ``max_edges``."""
+    sums = torch.zeros(4, 3, dtype=torch.float64)  # energy per atom, energy, forces, stress: Σ |e|, Σ e², labels
+    with world.together():
+        for graph in graph_batches(frames, max_edges, world):
+            world.check()
+            with advising("validation.max_edges", graph, "in a validation"):
+                prediction = potential(graph, stress=stress)
+            n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems)
+            sums[0] += _sums(prediction.energy / n_atoms, graph.energy / n_atoms)
+            sums[1] += _sums(prediction.energy, graph.energy)
+            sums[2] += _sums(prediction.forces, graph.forces)
+            if prediction.stress is not None:
+                sums[3] += _sums(prediction.stress, stress_labels(graph))
+    (per_atom, total, force, sigma) = (_means(*row) for row in world.sum(sums).tolist())
     return Errors(
         n_frames=len(frames),
         energy_per_atom_mae=per_atom[0],
         energy_per_atom_rmse=per_atom[1],
-        energy_mae=_summary(energy)[0],
+        energy_mae=total[0],
         force_mae=force[0],
         force_rmse=force[1],
         stress_mae=sigma[0],
@@ -64,27 +67,39 @@ def evaluate(potential: Potential, frames: FrameSet, stress: bool) -> Errors:
     )
 
 
-def graph_batches(frames: FrameSet, n_frames: int | None = None) -> Iterator[AtomGraph]:
-    """One by one, the first ``n_frames`` (None: all) in order, in batches of about 12,000 edges."""
-    count = len(frames) if n_frames is None else min(n_frames, len(frames))
-    place = torch.div(frames.edge_start[:count], _EDGES_PER_BATCH, rounding_mode="floor").tolist()
-    starts = [k for k in range(count) if k == 0 or place[k] != place[k - 1]]
-    for a, b in zip(starts, [*starts[1:], count], strict=True):
-        yield frames.batch(torch.arange(a, b))
+def graph_batches(frames: FrameSet, max_edges: int, world: World) -> Iterator[AtomGraph]:
+    """This process's part of ``frames`` in order, in batches of about ``max_edges`` edges."""
+    edge_start = frames.edge_start.cpu().numpy()
+    first, last = contiguous_part(edge_start, world.rank, world.size)
+    for part in passes(np.diff(edge_start)[first:last], max_edges):
+        yield frames.batch(torch.from_numpy(first + part).to(frames.energy.device))
 
 
-def validate_symmetry(potential: Potential, frames: FrameSet, section: ValidationSection) -> SymmetryRecord | None:
+def validate_symmetry(
+    potential: Potential, frames: FrameSet, section: ValidationSection, world: World
+) -> SymmetryRecord | None:
     """L_mean and L_equiv on frames spread evenly over the set; None where the recipe asks for no frames."""
     if section.symmetry_frames == 0:
         return None
     count = min(section.symmetry_frames, len(frames))
-    which = torch.linspace(0, len(frames) - 1, count, device=frames.energy.device).round().long()
-    return symmetry_record(lambda graph: potential(graph).forces, [frames.batch(which)], symmetry_sample(section))
+    which = torch.linspace(0, len(frames) - 1, count).round().long()
+    own = which[world.rank :: world.size].to(frames.energy.device)
+    graph = frames.batch(own) if len(own) else None
+
+    def forces_of(graph: AtomGraph) -> Tensor:
+        world.check()
+        return potential(graph).forces
+
+    return symmetry_record(forces_of, graph, symmetry_sample(section), world)
 
 
-def _summary(errors: list[Tensor]) -> tuple[float | None, float | None]:
-    """MAE and RMSE of the components that have labels; NaN where a prediction is."""
-    if not any(error.numel() for error in errors):
-        return None, None
-    error = torch.cat(errors)
-    return float(error.abs().mean()), float(error.square().mean().sqrt())
+def _sums(prediction: Tensor, label: Tensor) -> Tensor:
+    """Σ |e|, Σ e² and the number of labels, float64 on the CPU (3,); NaN where a prediction is."""
+    known = ~torch.isnan(label)
+    error = torch.where(known, prediction.to(torch.float64) - label, 0.0)
+    return torch.stack([error.abs().sum(), error.square().sum(), known.sum().to(torch.float64)]).cpu()
+
+
+def _means(absolute: float, squares: float, count: float) -> tuple[float | None, float | None]:
+    """MAE and RMSE; None without labels."""
+    return (absolute / count, math.sqrt(squares / count)) if count else (None, None)

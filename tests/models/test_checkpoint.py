@@ -219,7 +219,7 @@ def test_the_registry_finds_names_then_paths(tmp_path, potential, monkeypatch):
     assert load_potential("water-b", device="cpu").card is None
     with pytest.raises(InputError, match=r"did you mean 'ethanol-a'\?.*ethanol-a, water-b"):
         find_potential("ethanol")
-    with pytest.raises(InputError, match="holds no model.safetensors"):
+    with pytest.raises(InputError, match="holds neither model.safetensors nor ensemble.json"):
         find_potential(second / "half-done")
     with pytest.raises(InputError, match="no potential is called ''"):
         find_potential("")

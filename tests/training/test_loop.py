@@ -134,7 +134,7 @@ def test_the_comparison_would_notice_a_difference(folder, values):
 
 
 def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
-    from equimd.training import loop
+    from equimd.training import ledger, loop
 
     clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
 
@@ -142,6 +142,7 @@ def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
         monotonic = staticmethod(lambda: next(clock))
 
     monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(ledger, "time", Time)
     values["checkpoint"] = {"steps": 2, "minutes": None}
     first = train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "run", progress=False)
     assert first.stopped == "budget"

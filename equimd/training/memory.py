@@ -1,0 +1,43 @@
+"""What to do when memory runs out: which setting to lower, and to what."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from equimd.errors import FailedError
+from equimd.graph import AtomGraph
+
+_PHRASES = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
+
+
+class OutOfMemoryError(FailedError):
+    """Memory ran out; the message names the batch and the setting to lower."""
+
+
+@contextmanager
+def advising(setting: str, graph: AtomGraph, where: str) -> Iterator[None]:
+    """Say what to do where ``graph`` is too much for this machine; ``setting`` limits the edges of one such graph."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    size = f"{graph.n_systems} frames with {graph.n_atoms:,} atoms and {graph.n_edges:,} edges"
+    if graph.n_systems == 1:
+        advice = "a single frame cannot be divided: choose a smaller network or cutoff, or more memory"
+    else:
+        half = max(graph.n_edges // 2, 1)
+        advice = f"set {setting} to {half} or less (--set {setting}={half}), the same results in smaller pieces,"
+        advice += " and continue with --resume"
+    raise OutOfMemoryError(f"out of memory {where}, for {size}; {advice}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return any(phrase in text for phrase in _PHRASES)
