@@ -7,12 +7,12 @@ tells them apart. Energies are
 
     E = Σ_i E₀[Z_i] + scale[Z_i] · output_i + shift[Z_i]
 
-where E₀, the energies of isolated atoms, are the recipe's: they say which level of theory the labels have. The scale is
-the parent's, for new elements its mean: it gives the weights of the last layer their meaning. Of the shift, ``shift:
-auto`` keeps the parent's, except that the least squares of E − Ê on training frames correct that of new elements, and
-that of every element where E₀ of a known one differs from the parent's, which is another level of theory. ``refit``
-corrects all, ``keep`` none. So, without new elements and on the same level, training starts with what the parent
-predicts.
+where E₀, the energies of isolated atoms, are the recipe's: they say which level of theory the labels have. Without any
+they are the parent's, so that the level is the parent's too. The scale is the parent's, for new elements its mean: it
+gives the weights of the last layer their meaning. Of the shift, ``shift: auto`` keeps the parent's, except that the
+least squares of E − Ê on training frames correct that of new elements, and that of every element where E₀ of a known
+one differs from the parent's, which is another level of theory. ``refit`` corrects all, ``keep`` none. So, without new
+elements and on the same level, training starts with what the parent predicts.
 """
 
 import fnmatch

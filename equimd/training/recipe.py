@@ -137,7 +137,7 @@ def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str
     Raises:
         InputError: one line for the first problem: an unknown key with the nearest one, a value out of range.
     """
-    values = _with_model_of_parent(dict(values), Path(folder))
+    values = _with_values_of_parent(dict(values), Path(folder))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -152,17 +152,26 @@ def parent_file(checkpoint: str, folder: Path) -> Path:
     return found / MODEL_FILE if found.is_dir() else found
 
 
-def _with_model_of_parent(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Recipe values whose settings of the model, where not given, are those of the checkpoint of ``init_from``."""
-    parent, model = values.get("init_from"), values.get("model") or {}
+def _with_values_of_parent(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Recipe values that take from the checkpoint of ``init_from`` what they do not say.
+
+    That are settings of the model and, without a table of isolated atoms, their energies.
+    """
+    from ase.data import chemical_symbols
+
+    parent, model, data = values.get("init_from"), values.get("model") or {}, values.get("data")
     if isinstance(parent, Mapping):
         parent = parent.get("checkpoint")
     if not isinstance(parent, str) or not parent or not isinstance(model, Mapping):
         return values
-    settings = read_tensors(parent_file(parent, folder))[0].get("settings", {})
+    header, _ = read_tensors(parent_file(parent, folder))
+    settings = header.get("settings", {})
     if model.get("family", settings.get("family")) == settings.get("family"):
         model = {**settings, **model}
-    return {**values, "model": dict(model)}
+    if isinstance(data, Mapping) and data.get("isolated_atom_energies") is None:
+        energies = {chemical_symbols[int(z)]: e for z, e in header.get("isolated_atom_energies", {}).items()}
+        data = {**data, "isolated_atom_energies": energies}
+    return {**values, "model": dict(model), "data": data}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -121,7 +121,12 @@ def test_recipe_value_and_override(refused, unchanged):
 def test_fine_tuning_and_schedules(settings, says, potentials, labelled, refused, unchanged):
     path = recipe(
         model={},
-        data={"train": str(labelled), "valid": str(labelled), "isolated_atom_energies": {"H": -10.7, "O": -102.5}},
+        data={
+            "train": str(labelled),
+            "valid": str(labelled),
+            "isolated_atom_energies": {"H": -10.7, "O": -102.5},
+            "duplicates": "allow",
+        },
     )
     if not any("init_from" in setting for setting in settings):
         settings = [*settings, "model.family=equivariant"]

@@ -98,8 +98,8 @@ def test_new_elements_leave_predictions_of_old_ones_unchanged(folder, values, pa
 
 def test_elements_that_the_data_lack_are_dropped_or_kept(folder, values, parent):
     old, _ = load_checkpoint(parent, dtype="float64")
-    for split in ("train", "valid"):
-        write(folder / f"water-{split}.xyz", spring_frames(6, 7, names=("H2O",)), format="extxyz")
+    for seed, split in ((7, "train"), (8, "valid")):
+        write(folder / f"water-{split}.xyz", spring_frames(6, seed, names=("H2O",)), format="extxyz")
     data = {"train": "water-train.xyz", "valid": "water-valid.xyz", "isolated_atom_energies": {"H": -10.0, "O": -102.0}}
     dropped = set_up(values, folder, data=data)
     assert dropped.potential.species == (1, 8)
@@ -147,8 +147,10 @@ def test_another_level_of_theory_gets_other_shifts_and_the_same_scale(folder, va
     assert errors["auto"] == errors["refit"]
     # The shift takes 3 eV per O, up to a third of a molecule's atoms; the parent's own error of 0.01 eV/atom remains.
     assert errors["auto"] < 0.05 * errors["keep"]
-    same = set_up(values, folder)
-    assert torch.equal(same.potential.shift, old.shift)  # auto keeps it on the same level
+    for energies in (dict(E0), None):  # given, or taken from the parent
+        same = set_up(values, folder, data={**values["data"], "isolated_atom_energies": energies})
+        assert same.potential.isolated_atom_energies == old.isolated_atom_energies
+        assert torch.equal(same.potential.shift, old.shift)  # auto keeps it on the same level
 
 
 def test_residual_shifts_recover_what_was_added(folder, values, parent):

@@ -283,6 +283,13 @@ def test_pretraining_is_not_stopped_early(folder, values):
     assert result.steps == 12  # the weights do not move; without pre-training it would be 8
 
 
+def test_the_length_decides_where_pretraining_ends(folder, values):
+    values |= {"steps": 4, "schedule": {"kind": "constant"}, "pretraining": {}}
+    train(make_recipe(values, folder), folder / "run", progress=False)
+    with pytest.raises(InputError, match=r"recipe.steps was 4 and is now 8"):
+        train(make_recipe({**values, "steps": 8}, folder), folder / "run", resume=True, progress=False)
+
+
 def test_refusals(folder, values):
     equivariant = TINY["equivariant"]
     for change, said in (
