@@ -35,7 +35,7 @@ def parent(folder, values, family):
 
 
 def set_up(values, folder, **changes):
-    return prepare(make_recipe({**values, **changes}, folder))
+    return prepare(make_recipe({**values, **changes}, folder), torch.device("cpu"))
 
 
 def predictions(potential, frames):

@@ -42,10 +42,15 @@ def make(folder, values):
 
     def build(family="transformer", **changes):
         recipe = make_recipe({**values, "model": MODELS[family], **changes}, folder)
-        setup = prepare(recipe)
+        setup = prepare(recipe, torch.device("cpu"))
         return Objective(recipe, setup.potential), setup, setup.train.batch(torch.from_numpy(FRAMES))
 
     return build
+
+
+def loss_of(objective, graph, frames, epoch, step, fraction):
+    """Of a whole batch."""
+    return objective.loss(objective.tasks(graph, frames, epoch, step), fraction, torch.ones(5))
 
 
 def generators(n, first=0):
@@ -54,7 +59,7 @@ def generators(n, first=0):
 
 def test_without_sections_it_is_prediction_and_loss(make):
     objective, setup, graph = make(loss={"energy": 3.0})
-    terms = objective(graph, FRAMES, 0, 0, 0.2)
+    terms = loss_of(objective, graph, FRAMES, 0, 0, 0.2)
     recipe = objective.recipe
     prediction = setup.potential.predict_trainable(graph)
     assert torch.equal(terms.total, loss_terms(prediction, graph, active_weights(recipe.loss, 0.2), recipe.loss).total)
@@ -112,7 +117,7 @@ def test_a_batch_is_shared_between_both_tasks(make):
     assert corrupted is not None
     assert 0 < usual.n_systems < 8
     assert usual.n_systems + corrupted.graph.n_systems == 8
-    terms = objective(graph, FRAMES, 1, 0, 0.25)
+    terms = loss_of(objective, graph, FRAMES, 1, 0, 0.25)
     plain = loss_terms(setup.potential.predict_trainable(usual), usual, recipe.loss, recipe.loss)
     assert torch.equal(terms.forces, plain.forces)
     assert torch.equal(terms.energy, plain.energy)
@@ -155,7 +160,7 @@ def test_a_missing_force_is_not_told(make):
     assert not bool(torch.isnan(corrupted.clean.forces).any())
     assert bool(torch.isnan(usual.forces).any())
     graph.energy[:] = float("nan")
-    assert bool(torch.isfinite(objective(graph, FRAMES, 0, 0, 0.0).total))
+    assert bool(torch.isfinite(loss_of(objective, graph, FRAMES, 0, 0, 0.0).total))
 
 
 def test_a_batch_that_is_denoised_whole(make):
@@ -163,14 +168,14 @@ def test_a_batch_that_is_denoised_whole(make):
     steps = [objective.tasks(graph, FRAMES, 0, step).usual.n_systems == 0 for step in range(8)]
     assert any(steps)
     assert not all(steps)
-    terms = objective(graph, FRAMES, 0, steps.index(True), 0.0)
+    terms = loss_of(objective, graph, FRAMES, 0, steps.index(True), 0.0)
     assert float(terms.forces) == float(terms.energy) == 0.0
     assert float(terms.noise) > 0
     terms.total.backward()
     assert all(float(p.grad.abs().max()) > 0 for p in objective.parameters)
     for module in (setup.potential, objective.auxiliary):
         module.zero_grad()
-    objective(graph, FRAMES, 0, steps.index(False), 0.0).total.backward()
+    loss_of(objective, graph, FRAMES, 0, steps.index(False), 0.0).total.backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in objective.parameters)
 
 
@@ -184,9 +189,9 @@ def test_pretraining_reads_forces_then_differentiates(make, monkeypatch):
     monkeypatch.setattr(
         type(setup.potential), "predict_trainable", lambda *a, **k: calls.append(1) or conservative(*a, **k)
     )
-    assert float(objective(graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(float(direct.detach()), rel=1e-12)
+    assert float(loss_of(objective, graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(float(direct.detach()), rel=1e-12)
     assert not calls
-    later = objective(graph, FRAMES, 0, 0, 0.3)
+    later = loss_of(objective, graph, FRAMES, 0, 0, 0.3)
     assert calls
     assert float(later.forces) != pytest.approx(float(direct.detach()), rel=1e-3)
     later.total.backward()
@@ -201,7 +206,7 @@ def descent(objective, potential, graph, term, steps):
     values = []
     with kernels.using("reference"):  # no kernels are compiled for this network
         for epoch in range(steps):  # each with noise of its own
-            terms = objective(graph, FRAMES, epoch, epoch, 0.0)
+            terms = loss_of(objective, graph, FRAMES, epoch, epoch, 0.0)
             optimizer.zero_grad()
             terms.total.backward()
             optimizer.step()
@@ -235,7 +240,8 @@ def test_training_goes_on_with_gradients_and_leaves_no_head(folder, values, fami
     of_gradient = [float(row["valid_force_mae_meV_per_A"]) for row in table]  # 3 steps in an epoch
     assert np.mean(of_gradient[-3:]) < 0.95 * np.mean(of_gradient[10:13])
     potential, _ = load_checkpoint(folder / "run" / "model.safetensors", dtype="float64")
-    plain = prepare(make_recipe({**values, "denoising": None, "pretraining": None}, folder)).potential
+    recipe = make_recipe({**values, "denoising": None, "pretraining": None}, folder)
+    plain = prepare(recipe, torch.device("cpu")).potential
     assert potential.state_dict().keys() == plain.state_dict().keys()
     for name in ("model", "last"):
         assert not any("told" in key or "auxiliary" in key for key in load_file(folder / "run" / f"{name}.safetensors"))

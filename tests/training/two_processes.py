@@ -17,12 +17,7 @@ from equimd.training import loop, train
 from equimd.training.loop import _Training
 
 RANK = int(os.environ["RANK"])
-step, add_gradient, validate, global_share = (
-    _Training.step,
-    _Training.add_gradient,
-    _Training.validate,
-    loop.global_share,
-)
+step, add_gradient, validate = _Training.step, _Training.add_gradient, _Training.validate
 
 
 def signalled(self, epoch):
@@ -31,15 +26,15 @@ def signalled(self, epoch):
     step(self, epoch)
 
 
-def without_memory(self, graph, *rest):
+def without_memory(self, part, *rest):
     if self.progress.step == 7 and RANK == 1:
-        with loop.advising("batch.max_edges_per_pass", graph, "here"):
+        with loop.advising("batch.max_edges_per_pass", part.usual, "here"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-    return add_gradient(self, graph, *rest)
+    return add_gradient(self, part, *rest)
 
 
-def diverging(self, graph, *rest):
-    losses = add_gradient(self, graph, *rest)
+def diverging(self, *arguments):
+    losses = add_gradient(self, *arguments)
     if self.progress.step == 7 and RANK == 1:
         self.parameters[0].grad[0] = float("nan")
     return losses
@@ -52,9 +47,9 @@ def out_of_step(self, *arguments):
     validate(self, *arguments)
 
 
-def local_share(weights, counts, totals):
+def local_share(self, part, fraction, shares):
     """Means over the labels of a process, as if they were as many everywhere: wrong."""
-    return weights, torch.where(totals > 0, 0.5, 0.0)
+    return add_gradient(self, part, fraction, torch.where(shares > 0, 0.5, 0.0))
 
 
 PATCHES = {
@@ -62,7 +57,7 @@ PATCHES = {
     "memory": (_Training, "add_gradient", without_memory),
     "diverging": (_Training, "add_gradient", diverging),
     "out_of_step": (_Training, "validate", out_of_step),
-    "wrong": (loop, "global_share", local_share),
+    "wrong": (_Training, "add_gradient", local_share),
 }
 
 
