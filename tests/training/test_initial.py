@@ -12,6 +12,7 @@ from training_samples import E0, TINY, spring_frames
 from equimd.errors import InputError
 from equimd.models.checkpoint import load_checkpoint, save_checkpoint
 from equimd.training import initial, train
+from equimd.training.distributed import World
 from equimd.training.recipe import make_recipe
 from equimd.training.setup import prepare
 from equimd.training.validation import evaluate
@@ -141,7 +142,7 @@ def test_another_level_of_theory_gets_other_shifts_and_the_same_scale(folder, va
         found = set_up(values, folder, data=data, init_from=init)
         assert torch.equal(found.potential.scale, old.scale)
         assert found.potential.isolated_atom_energies == {1: -15.0, 6: -8.0, 8: -2.0}
-        errors[shift] = evaluate(found.average, found.valid, False).energy_per_atom_mae
+        errors[shift] = evaluate(found.average, found.valid, False, World(), 12_000).energy_per_atom_mae
         if shift == "keep":
             assert torch.equal(found.potential.shift, old.shift)
     assert errors["auto"] == errors["refit"]

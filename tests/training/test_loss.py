@@ -19,6 +19,7 @@ from equimd.rotations import rotate_tensor, rotate_vectors
 from equimd.training import train
 from equimd.training.augment import epoch_rotations, rotate_graph
 from equimd.training.data import build_frame_set
+from equimd.training.distributed import World
 from equimd.training.loss import active_weights, label_counts, loss_terms
 from equimd.training.recipe import make_recipe
 from equimd.training.sections import LastWeights, LossSection
@@ -287,16 +288,18 @@ def test_missing_labels_through_a_training(folder, values):
 def test_errors_are_of_what_has_labels(folder):
     potential = ToyPotential(anisotropy=0.0).double()
     held = build_frame_set(spring_frames(4, 0), potential.cutoff, {1: -13.6, 6: -1030.0, 8: -2040.0}, "x")
-    whole = evaluate(potential, held, False)
+    whole = evaluate(potential, held, False, World(), 12_000)
     held.forces[:3] = float("nan")  # of the first structure
     held.energy[1] = float("nan")
-    fewer = evaluate(potential, held, False)
+    fewer = evaluate(potential, held, False, World(), 12_000)
     assert fewer.force_mae != whole.force_mae
     assert fewer.energy_mae != whole.energy_mae
     potential.shift[:] = float("nan")
-    assert math.isnan(evaluate(potential, held, False).metric("energy_mae"))  # a prediction is, which no mask hides
+    assert math.isnan(
+        evaluate(potential, held, False, World(), 12_000).metric("energy_mae")
+    )  # a prediction is, which no mask hides
     held.energy[:] = float("nan")
-    assert evaluate(potential, held, False).energy_mae is None
+    assert evaluate(potential, held, False, World(), 12_000).energy_mae is None
 
 
 def test_a_metric_without_labels_is_refused(folder, values):

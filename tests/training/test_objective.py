@@ -143,7 +143,9 @@ def test_repulsion_is_that_of_the_clean_structure(make, monkeypatch):
     plain = torch.zeros(graph.n_atoms, dtype=torch.float64)
     nothing = torch.zeros(graph.n_atoms, 1, 3, dtype=torch.float64)
     monkeypatch.setattr(setup.potential, "network_and_vectors", lambda *arguments: (plain, nothing))
-    error = objective._denoise(corrupted, 0.0).energy_error * torch.bincount(graph.batch)
+    error = objective._denoise(corrupted, 0.0, objective.recipe.loss, torch.ones(5)).energy_error * torch.bincount(
+        graph.batch
+    )
     of_clean, of_noisy = (
         setup.potential.energies_of(g, edge_vectors(g, torch.float64), plain)[0] - graph.energy
         for g in (graph, corrupted.graph)
@@ -189,7 +191,9 @@ def test_pretraining_reads_forces_then_differentiates(make, monkeypatch):
     monkeypatch.setattr(
         type(setup.potential), "predict_trainable", lambda *a, **k: calls.append(1) or conservative(*a, **k)
     )
-    assert float(loss_of(objective, graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(float(direct.detach()), rel=1e-12)
+    assert float(loss_of(objective, graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(
+        float(direct.detach()), rel=1e-12
+    )
     assert not calls
     later = loss_of(objective, graph, FRAMES, 0, 0, 0.3)
     assert calls
