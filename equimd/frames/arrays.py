@@ -109,8 +109,9 @@ class Packer:
     ([index, what]; only of frames that were read with ``finite=False``).
     """
 
-    def __init__(self, cutoff: float, folder: Callable[[], Path], in_memory: int = IN_MEMORY) -> None:
-        self.cutoff, self._make_folder, self._in_memory = cutoff, folder, in_memory
+    def __init__(self, cutoff: float, folder: Callable[[], Path], in_memory: int | None = None) -> None:
+        self.cutoff, self._make_folder = cutoff, folder
+        self._in_memory = IN_MEMORY if in_memory is None else in_memory
         self._writer: _Writer | None = None
         self._held: list[dict[str, np.ndarray]] = []
         self._bytes = 0
@@ -231,11 +232,11 @@ def pack(
         row |= {"edges": edges.T, "shifts": shifts, "index": [index], "n_atoms": [len(atoms)], "n_edges": [len(shifts)]}
         row |= {"energy": _or_nan(labels["energy"], (1,)), "forces": _or_nan(labels["forces"], (len(atoms), 3))}
         row["stress"] = _or_nan(labels["stress"], (1, 3, 3))
-        for name, value in row.items():
-            lists[name].append(value)
-    chunk = {name: np.concatenate(rows) for name, rows in lists.items() if name != "fingerprint"}
+        for array, value in row.items():
+            lists[array].append(value)
+    chunk = {array: np.concatenate(rows) for array, rows in lists.items() if array != "fingerprint"}
     chunk["fingerprint"] = fingerprints(chunk, cutoff)
-    return {name: chunk[name].astype(_dtype_for(chunk[name], dtype)) for name, (_, dtype) in FIELDS.items()}, bad
+    return {array: chunk[array].astype(_dtype_for(chunk[array], dtype)) for array, (_, dtype) in FIELDS.items()}, bad
 
 
 def _or_nan(label: np.ndarray | float | None, shape: tuple[int, ...]) -> np.ndarray:

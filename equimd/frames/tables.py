@@ -88,14 +88,15 @@ class LmdbSet:
                 for index, number in enumerate(self._ids(rows)):
                     where = f"{shard}, row {index}"
                     columns = self._entry(rows, str(number))
-                    if not isinstance(columns, dict):
-                        raise InputError(f"{where}: is missing; accepted: rows 1 to nextid, but for deleted_ids")
+                    if not isinstance(columns, dict) or not {"numbers", "positions"} <= columns.keys():
+                        raise InputError(f"{where}: lacks numbers or positions; accepted: rows of an ASE database")
                     for name in _ROW_ARRAYS & columns.keys():
                         columns[name] = np.asarray(columns[name])
                     try:
-                        yield _frame_of_row(AtomsRow({**columns, "id": number}), spec, self._keys, where)
+                        atoms = _frame_of_row(AtomsRow({**columns, "id": number}), spec, self._keys, where)
                     except (KeyError, AttributeError, TypeError) as error:
-                        raise InputError(f"{where}: lacks {error}; accepted: a row of an ASE database") from error
+                        raise InputError(f"{where}: lacks {error}; accepted: rows of an ASE database") from error
+                    yield atoms
 
     @contextmanager
     def _open(self, shard: Path) -> Iterator[Any]:

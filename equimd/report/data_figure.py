@@ -11,7 +11,8 @@ from equimd.errors import InputError
 from equimd.report.style import INK, MUTED, colour, house_style, line
 from equimd.report.survey import FORCE_BINS, N_DISTANCE_BINS, Survey
 
-_POINTS = 400  # places along a file, each with the range of the frames there
+_POINTS = 200  # places along a file at most, each with the range of the frames there
+_SINGLY = 600  # frames up to which each is a point
 _PAIRS = 6
 _NAMED = 3
 ACCEPTED = (".png", ".svg", ".pdf")
@@ -44,6 +45,7 @@ def draw(names: Sequence[str], surveys: Sequence[Survey]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 6.0), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # pyright: ignore
     axes = figure.subplots(2, 2)
     _forces_along_the_file(axes[0, 0], surveys)
     _force_distribution(axes[0, 1], surveys)
@@ -79,18 +81,23 @@ def _forces_along_the_file(axes: Any, surveys: Sequence[Survey]) -> None:
         if len(surveys) > 1:
             place *= 100.0 / max(place.max(), 1.0)
         values = survey.largest_force[known]
-        if len(values) <= 2 * _POINTS:
+        if len(values) <= _SINGLY and len(surveys) == 1:
             axes.plot(place, values, ".", color=colour(k), markersize=3, alpha=0.7)
         else:
-            parts = np.array_split(np.arange(len(values)), _POINTS)
+            most = _POINTS // 4 if len(surveys) > 1 else _POINTS
+            parts = np.array_split(np.arange(len(values)), max(1, min(most, len(values) // 8)))
             x = np.array([place[part].mean() for part in parts])
             low, middle, high = np.array([np.percentile(values[part], (0, 50, 100)) for part in parts]).T
-            axes.fill_between(x, low, high, color=colour(k), alpha=0.25, linewidth=0)
-            axes.plot(x, middle, color=colour(k), linewidth=1)
+            axes.fill_between(x, low, high, color=colour(k), alpha=0.2, linewidth=0)
+            axes.plot(x, middle, line(k), color=colour(k), linewidth=1.2)
+            note = "line: median, shade: all frames"
+            axes.text(0.02, 0.03, note, transform=axes.transAxes, fontsize=8, color=MUTED)
         if len(surveys) == 1:
             _name_outliers(axes, survey)
     axes.set_yscale("log")
+    axes.margins(y=0.12)
     _plain_log(axes, "y")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     if not drawn:
         _nothing(axes, "no forces")
 
@@ -118,12 +125,11 @@ def _name_outliers(axes: Any, survey: Survey) -> None:
 def _force_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
     axes.set_title("Force on an atom", loc="left")
     axes.set_xlabel("force / eV Å⁻¹")
-    axes.set_ylabel("share of the atoms")
     width = np.log10(FORCE_BINS[1] / FORCE_BINS[0])
-    rows = [
+    rows: list[tuple[str | None, Any]] = [
         (chemical_symbols[z] if len(surveys) == 1 else None, counts)
         for survey in surveys
-        for z, counts in (survey.forces.items() if len(surveys) == 1 else [(0, sum(survey.forces.values()))])
+        for z, counts in (survey.forces.items() if len(surveys) == 1 else [(0, sum(survey.forces.values(), start=0.0))])
     ]
     drawn = False
     for k, (label, counts) in enumerate(rows):
@@ -131,7 +137,12 @@ def _force_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
         if total:
             drawn = True
             axes.stairs(
-                counts / total / width, FORCE_BINS, color=colour(k), linestyle=line(k), linewidth=1.4, label=label
+                10.0 * counts / (total * width),
+                FORCE_BINS,
+                color=colour(k),
+                linestyle=line(k),
+                linewidth=1.4,
+                label=label,
             )
     if not drawn:
         _nothing(axes, "no forces")
@@ -141,7 +152,7 @@ def _force_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
     axes.set_xlim(max(filled.min(), filled.max() * 1e-4) / 1.3, filled.max() * 1.6)
     _plain_log(axes, "x")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("share of the atoms per decade")
+    axes.set_ylabel("atoms per tenth of a decade / %")
     if len(surveys) == 1:
         axes.legend(handlelength=1.8)
 
@@ -149,7 +160,7 @@ def _force_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
 def _energy_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
     axes.set_title("Energy beyond fitted atomic energies", loc="left")
     axes.set_xlabel("energy / meV per atom")
-    axes.set_ylabel("share of the frames per bin")
+    axes.set_ylabel("frames / %")
     known = [1000.0 * survey.energy[np.isfinite(survey.energy)] for survey in surveys]
     if not sum(map(len, known)):
         _nothing(axes, "no energies")
@@ -157,10 +168,11 @@ def _energy_distribution(axes: Any, surveys: Sequence[Survey]) -> None:
     joined = np.concatenate(known)
     low, high = np.percentile(joined, (0.05, 99.95)) if len(joined) > 1000 else (joined.min(), joined.max())
     margin = 0.08 * (high - low) or 1.0
-    bins = np.linspace(low - margin, high + margin, 61)
+    n_bins = int(np.clip(2.0 * np.sqrt(min(len(values) for values in known if len(values))), 15, 60))
+    bins = np.linspace(low - margin, high + margin, n_bins + 1)
     for k, values in enumerate(known):
         if len(values):
-            counts = np.histogram(values, bins)[0] / len(values)
+            counts = 100.0 * np.histogram(values, bins)[0] / len(values)
             axes.stairs(counts, bins, color=colour(k), linestyle=line(k), linewidth=1.4, fill=len(surveys) == 1)
     outside = int(((joined < bins[0]) | (joined > bins[-1])).sum())
     if outside:

@@ -1,4 +1,4 @@
-"""What files of frames hold, before a training: counts, units, distributions, outliers, duplicates."""
+"""What files of frames hold, for whoever is about to train on them: counts, spreads, outliers, duplicates."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

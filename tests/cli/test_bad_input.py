@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from tiny import water
 
 from equimd.frames import write_frames
@@ -141,6 +142,87 @@ def test_missing_labels(potentials, refused, unchanged):
     unchanged()
     assert "labels" in refused("evaluate", potentials["equivariant"], "bare.xyz")
     assert "neither energies nor forces" in refused("train", path, "-o", "run")
+
+
+def split(path: str, energies=(-138.0, -138.1, -138.2), start: float = 0.0, unit: float = 1.0, change=None) -> None:
+    """A file of labelled water, no two frames alike; ``change`` is made to the second frame."""
+    frames = []
+    for k, energy in enumerate(energies):
+        atoms = water()
+        atoms.positions[1, 0] += start + 0.05 * k
+        forces = unit * np.array([[0.5, 0.0, 0.0], [-0.5, 0.1, 0.0], [0.0, -0.1, 0.0]])
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        if k == 1 and change is not None:
+            change(atoms)
+        frames.append(atoms)
+    write_frames(path, frames)
+
+
+def nan_force(atoms):
+    atoms.calc.results["forces"][1, 2] = np.nan
+
+
+def nan_energy(atoms):
+    atoms.calc.results["energy"] = np.nan
+
+
+def endless_force(atoms):
+    atoms.calc.results["forces"][2, 0] = np.inf
+
+
+def golden(atoms):
+    atoms.numbers[0] = 79
+    atoms.calc.atoms = atoms.copy()
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "says"),
+    [
+        ({"change": nan_force}, {}, "train.xyz, frame 1: forces of atom 1 has a value that is not finite (nan)"),
+        ({"change": nan_energy}, {}, "train.xyz, frame 1: energy has a value that is not finite (nan)"),
+        ({"change": endless_force}, {}, "train.xyz, frame 1: forces of atom 2 has a value that is not finite (inf)"),
+        ({"change": golden}, {}, "train.xyz has Au, which has no isolated-atom energy (first in frame 1)"),
+        ({"unit": 100.0}, {}, "is it in kcal/mol/Å"),
+        ({}, {"start": 0.05}, "2 of 3 frames of data.valid are in the training set too: 0 (training frame 1)"),
+        ({}, {"energies": ()}, "valid.xyz holds no frames"),
+        ({}, None, "valid.xyz: no such file"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(train, valid, says, refused, unchanged):
+    split("train.xyz", **train)
+    if valid is not None:
+        split("valid.xyz", **{"start": 0.02, **valid})
+    energies = {"H": -10.7, "O": -102.5}
+    path = recipe(data={"train": "train.xyz", "valid": "valid.xyz", "isolated_atom_energies": energies})
+    unchanged()
+    assert says in refused("train", path, "-o", "run")
+
+
+def test_a_full_disk_while_graphs_are_kept(refused, unchanged, monkeypatch, tmp_path_factory):
+    from equimd.frames import arrays
+    from equimd.training import cache
+
+    def full(self, chunk):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arrays, "IN_MEMORY", 0)
+    monkeypatch.setattr(arrays._Writer, "append", full)
+    kept = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(cache, "graphs_folder", lambda: kept)
+    split("train.xyz")
+    split("valid.xyz", start=0.02)
+    path = recipe(data={"train": "train.xyz", "valid": "valid.xyz"})
+    unchanged()
+    line = refused("train", path, "-o", "run")
+    assert "No space left on device" in line
+    assert "EQUIMD_CACHE" in line
+
+
+def test_figures_of_data(labelled, refused, unchanged):
+    unchanged()
+    assert ".png, .svg, .pdf" in refused("data", "inspect", labelled, "--figure", "look.gif")
+    assert "no folder" in refused("data", "inspect", labelled, "--figure", "nowhere/look.png")
+    assert "positive" in refused("data", "inspect", labelled, "--cutoff", 0)
 
 
 def test_wrong_units(potentials, labelled, refused, run, unchanged):

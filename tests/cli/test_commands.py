@@ -11,7 +11,7 @@ import yaml
 
 import equimd
 from equimd.cli import app
-from equimd.frames import read_list
+from equimd.frames import read_list, write_frames
 
 # The same package in a process of its own, installed or not.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(equimd.__file__).parents[1])}
@@ -60,7 +60,27 @@ def test_data_inspect(run, labelled):
     assert result["elements"] == {"H": 6, "O": 3}
     assert result["n_labelled"] == {"energy": 3, "forces": 3, "stress": 0}
     assert result["energy_per_atom"][0] == pytest.approx(-138.2 / 3)
-    assert "Frames with forces" in run("data", "inspect", labelled).stdout
+    assert result["duplicates"] == []
+    assert result["neighbors"]["mean"] == 2
+    shown = run("data", "inspect", labelled, "--cutoff", 3, "--figure", "look.png").stdout
+    assert "Frames with forces" in shown
+    assert f"train: {labelled}" in shown
+    assert Path("look.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_inspect_compares_files(run, labelled):
+    frames = read_list(labelled)
+    write_frames("other.xyz", [frames[2], frames[0]])
+    files = ("data", "inspect", labelled, "other.xyz")
+    result = as_json(run(*files, "--json", "-"))
+    assert [one["n_frames"] for one in result["files"]] == [3, 2]
+    (shared,) = result["shared"]
+    assert shared["n_frames"] == 2
+    assert shared["frames"] == [[0, 2], [1, 0]]
+    shown = run(*files, "--figure", "look.svg").stdout
+    assert "other.xyz in labelled.xyz" in shown
+    assert "valid: other.xyz" in shown
+    assert Path("look.svg").read_text().count("<svg") == 1
 
 
 @pytest.mark.parametrize("family", ["equivariant", "transformer"])
@@ -125,7 +145,12 @@ def test_train(run, labelled):
     values = {
         "name": "tiny",
         "model": {"family": "equivariant", "cutoff": 4.0, "n_layers": 1, "l_max": 1, "n_channels": 4},
-        "data": {"train": str(labelled), "valid": str(labelled), "isolated_atom_energies": energies},
+        "data": {
+            "train": str(labelled),
+            "valid": str(labelled),
+            "isolated_atom_energies": energies,
+            "duplicates": "allow",
+        },
         "steps": 2,
         "batch": {"n_frames": 2},
     }

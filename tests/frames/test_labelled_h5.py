@@ -1,0 +1,114 @@
+"""Labelled HDF5 sets: each layout that is accepted, and that units are never guessed."""
+
+import h5py
+import numpy as np
+import pytest
+from ase.build import molecule
+
+from equimd.errors import InputError
+from equimd.frames import LabelKeys, UnitSpec, labels_of, read_frames, read_list
+from equimd.units import BOHR, HARTREE, KCAL_PER_MOL
+
+RNG = np.random.default_rng(0)
+WATER, METHANE = molecule("H2O"), molecule("CH4")
+
+
+def positions(atoms, n):
+    return atoms.positions + 0.02 * RNG.normal(size=(n, len(atoms), 3))
+
+
+def test_flat(tmp_path):
+    stored = positions(WATER, 4)
+    forces = 20.0 * RNG.normal(size=stored.shape)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["R"], file["Z"] = stored, WATER.numbers
+        file["Energies"], file["F"] = np.arange(4.0)[:, None] - 10.0, forces
+    frames = read_frames(tmp_path / "a.h5", units=UnitSpec(energy="kcal/mol"))
+    assert len(frames) == 4
+    for k, atoms in enumerate(frames):
+        np.testing.assert_array_equal(atoms.positions, stored[k])
+        np.testing.assert_allclose(labels_of(atoms)["forces"], forces[k] * KCAL_PER_MOL)
+        assert labels_of(atoms)["energy"] == pytest.approx((k - 10.0) * KCAL_PER_MOL)
+    only = list(frames.select(lambda index, n_atoms: index == 2))
+    assert [index for index, _ in only] == [2]
+    np.testing.assert_array_equal(only[0][1].positions, stored[2])
+
+
+def test_units_of_attributes_and_gradients_as_in_spice(tmp_path):
+    gradient = 0.02 * RNG.normal(size=(3, 5, 3))
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for name, atoms, n in (("methane", METHANE, 3), ("water", WATER, 2)):
+            group = file.create_group(name)
+            group["atomic_numbers"] = atoms.numbers
+            group["conformations"] = positions(atoms, n) / BOHR
+            group["dft_total_energy"] = np.full(n, -40.0)
+            group["dft_total_gradient"] = gradient if n == 3 else np.zeros((n, 3, 3))
+            for key, unit in (("conformations", "bohr"), ("dft_total_energy", "hartree")):
+                group[key].attrs["units"] = unit
+            group["dft_total_gradient"].attrs["units"] = b"hartree/bohr"
+    frames = read_list(tmp_path / "a.hdf5")
+    assert [len(atoms) for atoms in frames] == [5, 5, 5, 3, 3]
+    np.testing.assert_allclose(frames[1].get_forces(), -gradient[1] * HARTREE / BOHR, rtol=1e-12)
+    assert frames[0].get_potential_energy() == pytest.approx(-40.0 * HARTREE)
+    assert WATER.get_distance(0, 1) == pytest.approx(frames[4].get_distance(0, 1), abs=0.15)
+    with pytest.raises(InputError, match="is in 'bohr', but other units were given"):
+        read_list(tmp_path / "a.hdf5", units=UnitSpec())
+
+
+def test_nested_groups_symbols_and_missing_labels_as_in_ani(tmp_path):
+    energies = np.array([-1.0, np.nan, -3.0])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        group = file.create_group("set/H2O-0")
+        group["species"] = [symbol.encode() for symbol in WATER.get_chemical_symbols()]
+        group["coordinates"], group["wb97x_dz.energy"] = positions(WATER, 3), energies
+    frames = read_list(tmp_path / "a.h5", units=UnitSpec(energy="Hartree"), keys=LabelKeys(energy="wb97x_dz.energy"))
+    assert frames[0].get_chemical_symbols() == WATER.get_chemical_symbols()
+    found = [labels_of(atoms)["energy"] for atoms in frames]
+    assert found[1] is None
+    assert found[2] == pytest.approx(-3.0 * HARTREE)
+
+
+def test_a_group_for_each_frame_as_mace_writes(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for k in range(3):
+            group = file.create_group(f"config_batch_0/config_{k}")
+            group["atomic_numbers"], group["positions"] = WATER.numbers, WATER.positions + k
+            group["energy"], group["forces"] = -1.0 * k, np.full((3, 3), 0.1 * k)
+            group["cell"], group["pbc"], group["stress"] = 9.0 * np.eye(3), [True] * 3, 0.01 * np.eye(3)
+    frames = read_list(tmp_path / "a.h5", units=UnitSpec())
+    assert len(frames) == 3
+    assert frames[2].get_potential_energy() == -2.0
+    assert frames[2].pbc.all()
+    np.testing.assert_allclose(frames[2].get_stress(voigt=False), 0.01 * np.eye(3))
+
+
+def flat(path, **changes):
+    stored = {"coordinates": positions(WATER, 2), "atomic_numbers": WATER.numbers, "energies": np.zeros(2)}
+    with h5py.File(path, "w") as file:
+        for name, value in (stored | {"forces": np.zeros((2, 3, 3))} | changes).items():
+            file[name] = value
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"forces": np.zeros((2, 4, 3))}, r"forces has shape \(2, 4, 3\); the positions have \(2, 3, 3\)"),
+        ({"energies": np.zeros(3)}, r"energies has shape \(3,\)"),
+        ({"atomic_numbers": np.arange(1, 5)}, r"has \(4,\) atomic numbers for 3 atoms"),
+        ({"atomic_numbers": [b"Qq", b"H", b"H"]}, "the species 'Qq'"),
+        ({"forces": np.where(np.arange(18).reshape(2, 3, 3) == 10, np.nan, 0.0)}, r"frame 1 .*forces of atom 0 .*nan"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, changes, says):
+    with pytest.raises(InputError, match=says):
+        read_list(flat(tmp_path / "a.h5", **changes), units=UnitSpec())
+
+
+def test_units_are_never_guessed(tmp_path):
+    with pytest.raises(InputError, match="names no unit; accepted: an attribute 'units', or units given"):
+        read_list(flat(tmp_path / "a.h5"))
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["something"] = np.zeros(3)
+    with pytest.raises(InputError, match="HDF5 with something; accepted"):
+        read_frames(tmp_path / "b.h5")

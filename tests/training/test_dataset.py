@@ -1,0 +1,223 @@
+"""What a recipe's data must satisfy before a training begins, and what is found out about it."""
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from training_samples import E0, spring_frames
+
+from equimd.errors import InputError
+from equimd.frames import arrays as arrays_module
+from equimd.frames import read_list, write_frames
+from equimd.models.checkpoint import load_checkpoint
+from equimd.training import cache, train
+from equimd.training.dataset import read_data
+from equimd.training.recipe import make_recipe
+
+
+@pytest.fixture
+def read(folder, values):
+    """Read the data of the recipe with changes to its section."""
+
+    def run(**changes):
+        return read_data(make_recipe({**values, "data": {**values["data"], **changes}}, folder))
+
+    return run
+
+
+def rewrite(path, change):
+    text = path.read_text()
+    changed = change(text)
+    assert changed != text
+    path.write_text(changed)
+
+
+def isolated(symbol: str, energy: float) -> Atoms:
+    atoms = Atoms(symbol, info={"config_type": "IsolatedAtom"})
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((1, 3)))
+    return atoms
+
+
+def number_of_frame(text: str, frame: int, column: int, value: str) -> str:
+    """``text`` with one number of the first atom of a frame replaced."""
+    lines = text.splitlines()
+    line = 0
+    for _ in range(frame):
+        line += int(lines[line]) + 2
+    words = lines[line + 2].split()
+    words[column] = value
+    lines[line + 2] = " ".join(words)
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_forces_that_are_not_finite(read, folder, value):
+    rewrite(folder / "train.xyz", lambda text: number_of_frame(text, 5, 5, value))
+    with pytest.raises(InputError, match=rf"train.xyz, frame 5: forces of atom 0 has a value .*\({value}\)"):
+        read()
+
+
+def test_positions_and_energies_that_are_not_finite(read, folder):
+    rewrite(folder / "valid.xyz", lambda text: number_of_frame(text, 2, 1, "nan"))
+    with pytest.raises(InputError, match=r"valid.xyz, frame 2: positions of atom 0"):
+        read()
+    write_frames(folder / "valid.xyz", spring_frames(6, 2))
+    rewrite(folder / "valid.xyz", lambda text: text.replace("energy=", "energy=nan other=", 1))
+    with pytest.raises(InputError, match=r"valid.xyz, frame 0: energy has a value that is not finite \(nan\)"):
+        read()
+
+
+def test_labels_may_be_missing_and_a_stress_known_in_part(read, folder):
+    frames = spring_frames(24, 1)
+    frames[3].calc = SinglePointCalculator(frames[3], energy=-50.0)
+    forces = frames[4].get_forces()
+    frames[4].set_cell(np.eye(3) * 9.0)
+    frames[4].pbc = True
+    stress = np.array([0.1, np.nan, np.nan, 0.2, np.nan, 0.3])
+    frames[4].calc = SinglePointCalculator(frames[4], energy=-50.0, forces=forces, stress=stress)
+    write_frames(folder / "train.xyz", frames)
+    arrays = read().train.arrays
+    assert arrays.meta["n_labelled"] == {"energy": 24, "forces": 23, "stress": 1}
+    assert np.isnan(arrays["stress"][4]).sum() == 4
+    assert arrays["stress"][4][0, 1] == pytest.approx(0.3)
+    rewrite(folder / "train.xyz", lambda text: text.replace("NaN", "inf").replace("nan", "inf"))
+    with pytest.raises(InputError, match="frame 4: stress has an infinite component"):
+        read()
+
+
+def test_implausible_numbers_need_units_that_are_stated(read, folder):
+    frames = spring_frames(24, 1)
+    for atoms in frames:
+        energy = atoms.get_potential_energy()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=60.0 * atoms.get_forces())
+    write_frames(folder / "train.xyz", frames)
+    said = r"train.xyz: the force RMS is .* is it in kcal/mol/Å"
+    with pytest.raises(InputError, match=said + ".*; state data.units in the recipe"):
+        read()
+    with pytest.warns(UserWarning, match=said):
+        read(units={"energy": "eV", "length": "Å"})
+
+
+def test_duplicates_between_splits(read, folder, values):
+    frames = spring_frames(24, 1)
+    turned = frames[7].copy()
+    turned.rotate(40, "x")
+    turned.calc = SinglePointCalculator(turned, energy=frames[7].get_potential_energy(), forces=np.zeros((5, 3)))
+    write_frames(folder / "valid.xyz", [*spring_frames(6, 2), turned, frames[2]])
+    said = r"2 of 8 frames of data.valid are in the training set too: 6 \(training frame 7\), 7 \(training frame 2\)"
+    with pytest.raises(InputError, match=said + "; remove them, or set data.duplicates to warn or allow"):
+        read()
+    with pytest.warns(UserWarning, match=said):
+        read(duplicates="warn")
+    read(duplicates="allow")
+    read(n_train=1)  # frame 17 only
+    write_frames(folder / "more.xyz", frames[:4])
+    write_frames(folder / "few.xyz", spring_frames(5, 40))
+    write_frames(folder / "a.xyz", spring_frames(1, 30))
+    write_frames(folder / "b.xyz", [*spring_frames(4, 31), frames[3]])
+    with pytest.raises(InputError, match=r"1 of 6 frames of data.test .*: 4 of b.xyz \(training frame 3 of more.xyz\)"):
+        read(train=["few.xyz", "more.xyz"], valid="a.xyz", test=["a.xyz", "b.xyz"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"isolated_atom_energies": {"H": 0.0, "C": 0.0}}, r"train.xyz has O, .* \(first in frame 0\); given are H, C"),
+        ({"valid": "nothing.xyz"}, "nothing.xyz: no such file"),
+        ({"valid": "empty.xyz"}, "empty.xyz holds no frames"),
+        ({"valid": "atoms.xyz"}, "atoms.xyz holds no frames but isolated atoms"),
+        (
+            {"valid": "gold.xyz", "isolated_atom_energies": None},
+            r"data.valid has Au \(first in frame 1\), which no train",
+        ),
+        ({"n_train": 99}, "n_train is 99; the file has 24 frames"),
+        ({"units": {"energi": "eV"}}, "data.units"),
+        ({"units": {"energy": "eVs"}}, "unknown unit of energy: 'eVs'"),
+        ({"test": "bare.xyz"}, "bare.xyz has neither energies nor forces"),
+    ],
+)
+def test_what_cannot_be_trained_on(read, folder, change, says):
+    (folder / "empty.xyz").write_text("")
+    write_frames(folder / "atoms.xyz", [isolated("H", -1.0)])
+    write_frames(folder / "bare.xyz", [Atoms("CO", [[0, 0, 0], [0, 0, 1.1]])])
+    gold = Atoms("AuH", [[0, 0, 0], [0, 0, 1.6]])
+    gold.calc = SinglePointCalculator(gold, energy=-50.0)
+    write_frames(folder / "gold.xyz", [*spring_frames(1, 9), gold])
+    with pytest.raises(InputError, match=says) as caught:
+        read(**change)
+    assert "\n" not in str(caught.value)
+
+
+def test_isolated_atom_energies_are_fitted_where_none_are_given(read, folder, values):
+    data = read(isolated_atom_energies=None)
+    assert set(data.atoms.origin.values()) == {"least squares"}
+    # Springs raise energies a little above the sum of the atoms'.
+    assert data.atoms.energies == pytest.approx({1: E0["H"], 6: E0["C"], 8: E0["O"]}, abs=0.5)
+    assert "fitted by least squares: H -" in data.summary()[1]
+    write_frames(folder / "train.xyz", [isolated("O", -99.0), *spring_frames(24, 1), isolated("H", -9.0)])
+    data = read(isolated_atom_energies=None)
+    assert len(data.train) == 24
+    assert data.atoms.energies[8] == -99.0
+    assert data.atoms.energies[1] == -9.0
+    assert data.header()["isolated_atom_energies_from"] == {
+        "H": "isolated atoms",
+        "O": "isolated atoms",
+        "C": "least squares",
+    }
+    few = read(isolated_atom_energies=None, n_train=4)
+    assert few.atoms.energies[8] == -99.0  # whether they were drawn or not
+    given = read()
+    assert given.atoms.energies[8] == E0["O"]
+
+
+def test_one_composition_is_said_to_tell_nothing(read, folder):
+    write_frames(folder / "train.xyz", spring_frames(6, 1, names=("CH3OH",)))
+    write_frames(folder / "valid.xyz", spring_frames(6, 2, names=("CH3OH",)))
+    data = read(isolated_atom_energies=None)
+    assert any("only sums mean something" in line for line in data.summary())
+    total = data.atoms.energies[6] + data.atoms.energies[8] + 4 * data.atoms.energies[1]
+    assert total == pytest.approx(E0["C"] + E0["O"] + 4 * E0["H"], abs=0.5)
+
+
+def test_several_files_are_one_set(read, folder):
+    frames = read_list(folder / "train.xyz")
+    write_frames(folder / "b.xyz", frames[:10])
+    write_frames(folder / "c.xyz", frames[10:])
+    one, several = read(), read(train=["b.xyz", "c.xyz"])
+    assert len(one.train) == len(several.train) == 24
+    for name in ("positions", "forces", "energy", "edges", "index"):
+        np.testing.assert_array_equal(one.train.arrays[name], several.train.arrays[name])
+    assert set(several.sha256) == {"b.xyz", "c.xyz", "valid.xyz"}
+
+
+def test_training_from_the_cache_is_training_from_memory(folder, values, tmp_path_factory, monkeypatch):
+    from test_loop import assert_same_run
+
+    values["data"]["isolated_atom_energies"] = None
+    train(make_recipe(values, folder), folder / "memory", progress=False)
+    kept = tmp_path_factory.mktemp("graphs")
+    monkeypatch.setattr(cache, "graphs_folder", lambda: kept)
+    monkeypatch.setattr(arrays_module, "IN_MEMORY", 0)
+    train(make_recipe(values, folder), folder / "built", progress=False)
+    train(make_recipe(values, folder), folder / "mapped", progress=False)
+    assert_same_run(folder / "memory", folder / "built")
+    assert_same_run(folder / "memory", folder / "mapped")
+    entries = sorted(path for path in kept.iterdir() if path.is_dir())
+    assert len(entries) == 2
+    assert {path.stem.split("-")[0] for path in kept.glob("*/*.json")} == {
+        "duplicates",
+        "isolated",
+        "meta",
+        "statistics",
+    }
+    _, header = load_checkpoint(folder / "mapped" / "model.safetensors")
+    assert header["isolated_atom_energies_from"] == dict.fromkeys("HCO", "least squares")
+    assert header["recipe"]["data"]["isolated_atom_energies"]["H"] == pytest.approx(E0["H"], abs=0.5)
+
+
+def test_a_training_says_what_it_trains_on(folder, values, capsys):
+    values["data"]["isolated_atom_energies"] = None
+    train(make_recipe(values, folder), folder / "run")
+    said = capsys.readouterr().err
+    assert "tiny: 24 training, 6 validation frames; RMS force" in said
+    assert "isolated-atom energies fitted by least squares" in said
