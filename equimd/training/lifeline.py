@@ -54,6 +54,8 @@ class Lifeline:
         self._thread.join(1.0)
         for connection in self._sockets:
             connection.close()
+        if self.verdict is not None:
+            _later(lambda: os._exit(1))  # what waits for the lost process while Python ends
 
     def wait_for_verdict(self, seconds: float) -> Verdict | None:
         """Why a collective operation failed, as soon as it is known."""
@@ -75,9 +77,7 @@ class Lifeline:
         for connection in self._sockets if self._is_first else []:
             with contextlib.suppress(OSError):
                 connection.sendall(_REPORTED)
-        timer = threading.Timer(GRACE_SECONDS, self._end)
-        timer.daemon = True
-        timer.start()
+        _later(self._end)
 
     def _end(self) -> None:
         """Files are written whole or not at all, so that nothing is lost by it."""
@@ -86,6 +86,12 @@ class Lifeline:
         if self.verdict == "lost":
             print(self._last_words, file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _later(action: Callable[[], None]) -> None:
+    timer = threading.Timer(GRACE_SECONDS, action)
+    timer.daemon = True
+    timer.start()
 
 
 def _listen(size: int, share: Callable[[Any], Any]) -> list[socket.socket]:

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from training_samples import TINY, labelled_graph
+
+from equimd.errors import InputError
+from equimd.models.checkpoint import build_potential
+from equimd.models.transformer import TransformerSettings
+from equimd.training import train
+from equimd.training.precision import matmul_precision, precision_error
+from equimd.training.recipe import make_recipe
+
+# Whether this processor multiplies bfloat16 matrices; elsewhere torch keeps float32.
+HAS_BF16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def test_the_error_is_that_of_the_products():
+    settings = TransformerSettings(**{**TINY["transformer"], "d_model": 64, "d_feedforward": 64})
+    torch.manual_seed(0)
+    potential = build_potential(settings, (1, 6, 8), {1: 0.0, 6: 0.0, 8: 0.0})
+    graph = labelled_graph(potential)
+    none = precision_error(potential, graph, "float32")
+    assert none.forces == none.gradient == 0.0
+    error = precision_error(potential, graph, "bf16")
+    if HAS_BF16:  # eight bits
+        assert 1e-5 < error.forces < 0.1
+        assert 1e-5 < error.gradient < 0.1
+    exact = precision_error(potential.double(), graph, "bf16")
+    assert exact.forces == exact.gradient == 0.0  # it is for float32 only
+
+
+def test_the_setting_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), matmul_precision("tf32"):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+    for name, setting in (("tf32", "high"), ("bf16", "medium")):
+        with matmul_precision(name):
+            assert torch.get_float32_matmul_precision() == setting
+    with matmul_precision("float32"):
+        assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("family", ["transformer", "equivariant"])
+def test_a_training_reports_its_error(folder, values, family, capsys):
+    values |= {"model": TINY[family], "dtype": "float32", "precision": "bf16", "steps": 3}
+    result = train(make_recipe(values, folder), folder / "run")
+    assert result.precision is not None
+    assert result.precision.setting == "bf16"
+    assert result.precision.start.gradient < 0.1
+    assert result.precision.end.forces < 0.1
+    assert capsys.readouterr().err.count("bf16 products change forces by") == 2
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_reduced_precision_is_for_float32(values):
+    with pytest.raises(InputError, match="precision tf32 is for dtype float32; dtype is float64"):
+        make_recipe(values | {"precision": "tf32"})
