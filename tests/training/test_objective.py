@@ -189,7 +189,9 @@ def test_pretraining_reads_forces_then_differentiates(make, monkeypatch):
     monkeypatch.setattr(
         type(setup.potential), "predict_trainable", lambda *a, **k: calls.append(1) or conservative(*a, **k)
     )
-    assert float(loss_of(objective, graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(float(direct.detach()), rel=1e-12)
+    assert float(loss_of(objective, graph, FRAMES, 0, 0, 0.29).forces) == pytest.approx(
+        float(direct.detach()), rel=1e-12
+    )
     assert not calls
     later = loss_of(objective, graph, FRAMES, 0, 0, 0.3)
     assert calls
