@@ -60,6 +60,7 @@ class _Predict(torch.autograd.Function):
         ctx: Any, trainer: Trainer, graph: AtomGraph, parameters: list[Tensor], *_: Tensor
     ) -> tuple[Tensor, ...]:
         result, held = trainer.evaluate(graph)
+        result = FrozenOutput(*(part.detach() for part in result))  # what is held and has a history is never freed
         ctx.held = trainer, graph, parameters, held
         ctx.versions = _versions(graph, parameters)
         ctx.set_materialize_grads(True)
