@@ -279,6 +279,15 @@ class EquivariantPotential(Potential):
                 x = x + told
         return before, x
 
+    def fused_matrices(self) -> dict[str, tuple[int, int]]:
+        """Radial weights of the paths; scalars and the gates beside them."""
+        fused = {}
+        for t, layer in enumerate(self.interactions):
+            fused[f"layers.{t}.radial.out.weight"] = (0, layer.plan.n_paths)
+            if SCALAR in layer.irreps_out:
+                fused[f"layers.{t}.mix.weights.{layer.irreps_out.index(SCALAR)}"] = (1, 1 + layer.n_gated)
+        return fused
+
     def radial_basis(self, distances: Tensor) -> Tensor:
         """Radial basis (E, n_bessel), smoothly zero at the cutoff."""
         cutoff = polynomial_cutoff(distances, self.cutoff, self.settings.cutoff_power)

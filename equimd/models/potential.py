@@ -151,6 +151,10 @@ class Potential(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} has no auxiliary heads")
 
+    def fused_matrices(self) -> dict[str, tuple[int, int]]:
+        """Parameters that are several matrices side by side, by name: along which dimension, and how many."""
+        return {}
+
     def species_of(self, graph: AtomGraph) -> Tensor:
         """Species index (N,) of every atom; unknown elements are refused where graphs are made."""
         kind = self.species_index[graph.atomic_numbers]

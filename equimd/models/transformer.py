@@ -221,6 +221,12 @@ class TransformerPotential(Potential):
         output, read = self._readout(graph, vectors, told, [(auxiliary.atom_heads, auxiliary.edge_heads)])
         return output[:, 0], read.unflatten(1, (-1, 3))
 
+    def fused_matrices(self) -> dict[str, tuple[int, int]]:
+        """Queries, keys and values; the two halves of SwiGLU."""
+        parts = {".qkv.weight": 3, ".up.weight": 2, ".atom_up.weight": 2}
+        names = [name for name, _ in self.named_parameters()]
+        return {name: (0, n) for name in names for end, n in parts.items() if name.endswith(end)}
+
     # --- frozen weights ----------------------------------------------------------------------------------------------
 
     def _evaluate_frozen(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from equimd.models.potential import Potential
 from equimd.training.muon import Muon
 from equimd.training.sections import EMASection, OptimizerSection
 
@@ -31,7 +32,10 @@ def make_optimizers(potential: nn.Module, section: OptimizerSection) -> list[Opt
     if groups:
         optimizers.append(AdamW(groups, lr=section.lr, betas=section.betas, fused=True))
     if matrices:
-        optimizers.append(Muon(matrices, section.muon_lr or section.lr, section.muon_momentum, section.weight_decay))
+        lr = section.muon_lr or section.lr
+        fused = potential.fused_matrices() if section.muon_split and isinstance(potential, Potential) else {}
+        blocks = {p: fused[name] for name, p in named if name in fused}
+        optimizers.append(Muon(matrices, lr, section.muon_momentum, section.weight_decay, blocks))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

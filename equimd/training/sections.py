@@ -17,7 +17,7 @@ def _refuse_settings_of_others(section: Section, choice: str, users: dict[str, s
     for name, user in users.items():
         value = getattr(section, name)
         if user != chosen and value != type(section).model_fields[name].default:
-            raise ValueError(f"{name} is {value:g}, which is for {choice} {user!r}; {choice} is {chosen!r}")
+            raise ValueError(f"{name} is {value!r}, which is for {choice} {user!r}; {choice} is {chosen!r}")
 
 
 Files = str | Annotated[list[str], Field(min_length=1)]
@@ -125,13 +125,14 @@ class OptimizerSection(Section):
     lr: float = Field(default=2e-3, gt=0)
     muon_lr: float | None = Field(default=None, gt=0, description="for matrices under Muon; None takes lr")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_split: bool = Field(default=True, description="orthogonalise queries, keys, gates, paths each by themselves")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices; neither of biases nor of embeddings")
     gradient_clip: float | None = Field(default=10.0, gt=0, description="largest norm of the gradient")
 
     @model_validator(mode="after")
     def _of_its_name(self) -> "OptimizerSection":
-        _refuse_settings_of_others(self, "name", {"muon_lr": "muon", "muon_momentum": "muon"})
+        _refuse_settings_of_others(self, "name", dict.fromkeys(("muon_lr", "muon_momentum", "muon_split"), "muon"))
         return self
 
 

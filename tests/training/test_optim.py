@@ -125,6 +125,45 @@ def test_singular_values_become_about_one():
     assert torch.equal(orthogonalize(torch.zeros(1, 2, 2)), torch.zeros(1, 2, 2))  # not NaN
 
 
+@pytest.mark.parametrize(("dim", "n"), [(0, 3), (1, 2)])
+def test_matrices_side_by_side_are_stepped_as_if_they_were_apart(dim, n):
+    torch.manual_seed(0)
+    whole = nn.Parameter(torch.randn(6, 8, dtype=torch.float64))
+    apart = [nn.Parameter(part.clone()) for part in whole.detach().chunk(n, dim)]
+    for blocks, same in (({whole: (dim, n)}, True), ({}, False)):
+        optimizers = [Muon([whole], lr=0.1, blocks=blocks), Muon(apart, lr=0.1)]
+        for _ in range(3):
+            whole.grad = torch.randn_like(whole)
+            for part, gradient in zip(apart, whole.grad.chunk(n, dim), strict=True):
+                part.grad = gradient.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(whole, torch.cat(apart, dim), rtol=1e-12) == same
+
+
+@pytest.mark.parametrize("family", ["equivariant", "transformer"])
+def test_fused_matrices_are_chunks_of_hidden_ones(family):
+    more = {"d_atom_feedforward": 4} if family == "transformer" else {"parity": True}
+    settings = {"equivariant": EquivariantSettings, "transformer": TransformerSettings}[family]
+    potential = build_potential(settings(**TINY[family] | more), (1, 8), {1: 0.0, 8: 0.0})
+    parameters, fused = dict(potential.named_parameters()), potential.fused_matrices()
+    assert fused
+    for name, (dim, n) in fused.items():
+        assert is_hidden_matrix(name, parameters[name])
+        assert parameters[name].shape[dim] % n == 0
+    if family == "equivariant":
+        (first, *_), c = potential.interactions, 4
+        assert fused["layers.0.mix.weights.0"] == (1, first.mix.weights[0].shape[1] // c)
+        assert fused["layers.0.radial.out.weight"] == (0, first.radial.out.weight.shape[0] // c)
+    else:
+        names = {name.split(".")[-2]: n for name, (_, n) in fused.items()}
+        assert names == {"qkv": 3, "up": 2, "atom_up": 2}
+    (_, muon) = make_optimizers(potential, OptimizerSection(name="muon"))
+    assert set(muon._blocks) == {parameters[name] for name in fused}
+    (_, muon) = make_optimizers(potential, OptimizerSection(name="muon", muon_split=False))
+    assert not muon._blocks
+
+
 def test_muon_leaves_what_has_no_gradient_alone():
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
