@@ -49,9 +49,9 @@ def test_passes_add_up_to_the_batch(patchy, values, family, monkeypatch):
     passes = []
     original = loop._Training.add_gradient
 
-    def counted(self, graph, *rest):
-        passes.append(graph.n_edges)
-        return original(self, graph, *rest)
+    def counted(self, part, *rest):
+        passes.append(part.usual.n_edges)
+        return original(self, part, *rest)
 
     monkeypatch.setattr(loop._Training, "add_gradient", counted)
     train(make_recipe(values, patchy), patchy / "whole", progress=False)
@@ -62,7 +62,8 @@ def test_passes_add_up_to_the_batch(patchy, values, family, monkeypatch):
     assert max(passes[10:]) <= 70
     assert difference(patchy / "whole", patchy / "passes") < 1e-10  # sums in another order, in float64
     # The mean of the passes' means is something else.
-    monkeypatch.setattr(loop, "global_share", lambda w, counts, totals: (w, torch.full((3,), 0.25)))
+    quarter = lambda self, part, fraction, shares: original(self, part, fraction, torch.full_like(shares, 0.25))  # noqa: E731
+    monkeypatch.setattr(loop._Training, "add_gradient", quarter)
     train(make_recipe(values, patchy), patchy / "wrong", progress=False)
     assert difference(patchy / "whole", patchy / "wrong") > 1e-4
 
@@ -180,7 +181,7 @@ def growth(folder: Path, recipe, name: str, monkeypatch, leak: list | None = Non
     def step(self, epoch):
         original(self, epoch)
         if leak is not None:
-            leak.append(self.batches.graphs(epoch, 0))
+            leak.append(self.batches.passes(epoch, 0))
         if self.progress.step in (60, 200):
             gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
