@@ -14,7 +14,7 @@ from equimd.models.dual_training import Trainer
 from equimd.models.potential import FrozenOutput, geometry_of, topology_of
 
 if TYPE_CHECKING:
-    from equimd.models.transformer import TransformerPotential
+    from equimd.models.transformer import AttentionLayer, TransformerPotential
 
 
 class TransformerTrainer(Trainer):
@@ -56,7 +56,8 @@ def _by_parameter(potential: "TransformerPotential", gradient: TokenNetwork) -> 
     biases: list[tuple[nn.Module, Tensor]] = []
     for k, (stage, transformer) in enumerate(zip(gradient.stages, potential.transformers, strict=True)):
         for block, layer in zip(stage.blocks, cast(nn.ModuleList, transformer), strict=True):
-            pairs += zip(layer.maps, block.weights, strict=True)
+            maps = cast("AttentionLayer", layer).maps
+            pairs += zip(maps, block.weights, strict=True)
         pairs += zip((potential.atom_heads[k], potential.edge_heads[k]), stage.heads.split(1), strict=True)
         biases.append((potential.atom_heads[k], stage.constant))
         if stage.message is not None:
