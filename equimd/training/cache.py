@@ -28,7 +28,7 @@ import numpy as np
 from ase import Atoms
 from pydantic import BaseModel, ValidationError
 
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 from equimd.frames import Frames, LabelKeys, UnitSpec, read_frames
 from equimd.frames.arrays import FORMAT_VERSION, META_FILE, FrameArrays, Packer, is_isolated_atom, open_arrays
 from equimd.frames.reading import format_suffix
@@ -69,7 +69,8 @@ def frame_arrays(request: Request, progress: bool = False) -> FrameArrays:
     """The frames of a request, from the cache where it has them.
 
     Raises:
-        InputError: for a missing or malformed file, labels that are not finite, no frames at all, a full disk.
+        InputError: for a missing or malformed file, labels that are not finite, no frames at all.
+        FailedError: for a full disk.
     """
     entry = graphs_folder() / _key(request)
     found = open_arrays(entry)
@@ -174,12 +175,12 @@ def _build(request: Request, entry: Path, progress: bool) -> FrameArrays:
         except _FoundError:
             arrays = open_arrays(entry)
         except OSError as error:
-            raise InputError(
+            raise FailedError(
                 f"cannot keep the graphs of {request.name} in {entry.parent}: {error.strerror or error}; make room, or"
                 " set EQUIMD_CACHE to a folder on another disk"
             ) from error
         if arrays is None:
-            raise InputError(
+            raise FailedError(
                 f"the graphs of {request.name} vanished from {entry.parent} while they were built; run again"
             )
         return arrays

@@ -198,7 +198,7 @@ def test_data_that_cannot_be_trained_on(train, valid, says, refused, unchanged):
     assert says in refused("train", path, "-o", "run")
 
 
-def test_a_full_disk_while_graphs_are_kept(refused, unchanged, monkeypatch, tmp_path_factory):
+def test_a_full_disk_while_graphs_are_kept(run, unchanged, monkeypatch, tmp_path_factory):
     from equimd.frames import arrays
     from equimd.training import cache
 
@@ -213,7 +213,9 @@ def test_a_full_disk_while_graphs_are_kept(refused, unchanged, monkeypatch, tmp_
     split("valid.xyz", start=0.02)
     path = recipe(data={"train": "train.xyz", "valid": "valid.xyz"})
     unchanged()
-    line = refused("train", path, "-o", "run")
+    result = run("train", path, "-o", "run")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
     assert "No space left on device" in line
     assert "EQUIMD_CACHE" in line
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_samples import E0, spring_frames
 
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 from equimd.frames import arrays as arrays_module
 from equimd.frames import read_frames, write_frames
 from equimd.frames.arrays import Packer
@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(arrays_module._Writer, "append", full)
-    with pytest.raises(InputError, match=r"cannot keep the graphs of .*a.xyz in .*: No space left .* set EQUIMD_CACHE"):
+    with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz in .*: No space left .* set EQUIMD_CACHE"):
         frame_arrays(request_)
     assert not [path for path in kept.iterdir() if path.is_dir()]
 
