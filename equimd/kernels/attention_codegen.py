@@ -159,27 +159,28 @@ def _take_line(array: str, place: int) -> list[str]:
     return [f"for l in range({LANES}):", f"    line[{place} + l] = {array}[base + min(start + l, tokens - 1), head]"]
 
 
+def _by_parts(d_head: int, *lines: str) -> list[str]:
+    """A loop over the head's channels, 16 at a time from ``c`` on: written out once, for the compiler's sake."""
+    return [f"for c in range(0, {d_head}, {LANES}):", *("    " + line for line in lines)]
+
+
 def _take_block(name: str, array: str, width: int, d_head: int, zeros: bool = False) -> list[str]:
     """NAME_r and NAME_t: the head's first channels of 16 rows.
 
     Where there are fewer, the last token's over again, or ``zeros``, for what is summed over queries.
     """
-    lines = [f"for l in range({LANES}):", f"    at = (base + min(start + l, tokens - 1)) * {width} + offset"]
-    for block, c in enumerate(range(0, d_head, LANES)):
-        lines.append(f"    store({name}_r, {block * LANES * LANES} + l * {LANES}, load({array}, at + {c}))")
+    lines = [f"for l in range({LANES}):", f"    at = (base + min(start + l, tokens - 1)) * {width} + offset + c"]
+    lines.append(f"    store({name}_r, (c + l) * {LANES}, load({array}, at))")
     if zeros:
-        lines.append(f"for l in range(present, {LANES}):")
-        lines += [f"    store({name}_r, {c * LANES} + l * {LANES}, splat(ZERO))" for c in range(0, d_head, LANES)]
-    return [*lines, *(f"transpose({name}_r, {name}_t, {block})" for block in range(d_head // LANES))]
+        lines += [f"for l in range(present, {LANES}):", f"    store({name}_r, (c + l) * {LANES}, splat(ZERO))"]
+    return _by_parts(d_head, *lines, f"transpose({name}_r, {name}_t, c // {LANES})")
 
 
 def _put_block(array: str, width: int, d_head: int) -> list[str]:
     """The head's first channels of the rows that there are, from ``result_t``."""
-    lines = [f"transpose(result_t, result_r, {block})" for block in range(d_head // LANES)]
-    lines += ["for l in range(present):", f"    at = (base + start + l) * {width} + offset"]
-    for block, c in enumerate(range(0, d_head, LANES)):
-        lines.append(f"    store({array}, at + {c}, load(result_r, {block * LANES * LANES} + l * {LANES}))")
-    return lines
+    lines = [f"transpose(result_t, result_r, c // {LANES})", "for l in range(present):"]
+    lines.append(f"    store({array}, (base + start + l) * {width} + offset + c, load(result_r, (c + l) * {LANES}))")
+    return _by_parts(d_head, *lines)
 
 
 def _rates_of_products(target: str, block: str, column: int, width: int, d_head: int) -> list[str]:
@@ -194,14 +195,14 @@ def _products(target: str, block: str, rows: tuple[str, int], width: int, d_head
     Added to what is there with ``adds``.
     """
     array, column = rows
-    lines: list[str] = []
-    for c in range(0, d_head, LANES):
-        lines += [f"v{k} = load({block}_t, {(c + k) * LANES})" for k in range(LANES)]
-        lines += [f"at = base * {width} + {column + c} + offset", "for b in range(tokens):"]
-        lines += [f"    part = {f'load({target}, b * {LANES})' if c or adds else 'splat(ZERO)'}"]
-        lines += [f"    part = fma(v{k}, splat_at({array}, at + {k}), part)" for k in range(LANES)]
-        lines += [f"    store({target}, b * {LANES}, part)", f"    at += {width}"]
-    return lines
+    start: list[str] = []
+    if d_head > LANES and not adds:
+        start, adds = ["for b in range(tokens):", f"    store({target}, b * {LANES}, splat(ZERO))"], True
+    lines = [f"v{k} = load({block}_t, (c + {k}) * {LANES})" for k in range(LANES)]
+    lines += [f"at = base * {width} + {column} + offset + c", "for b in range(tokens):"]
+    lines.append(f"    part = {f'load({target}, b * {LANES})' if adds else 'splat(ZERO)'}")
+    lines += [f"    part = fma(v{k}, splat_at({array}, at + {k}), part)" for k in range(LANES)]
+    return start + _by_parts(d_head, *lines, f"    store({target}, b * {LANES}, part)", f"    at += {width}")
 
 
 def _combine(
@@ -212,27 +213,21 @@ def _combine(
     Times a ``factor``, or added to what is there with ``adds``.
     """
     array, column = rows
-    lines: list[str] = []
-    for c in range(0, d_head, LANES):
-        start = f"load(result_t, {{}} + {c * LANES})" if adds else "splat(ZERO)"
-        lines += [f"v{k} = {start.format(k * LANES)}" for k in range(LANES)]
-        lines += [f"at = base * {width} + {column + c} + offset", "for b in range(tokens):"]
-        lines += [f"    part = load({shares}, b * {LANES})"]
-        lines += [f"    v{k} = fma(part, splat_at({array}, at + {k}), v{k})" for k in range(LANES)]
-        lines += [f"    at += {width}"]
-        value = f"mul(v{{k}}, {factor})" if factor else "v{k}"
-        lines += [f"store(result_t, {(c + k) * LANES}, {value.format(k=k)})" for k in range(LANES)]
-    return lines
+    lines = [f"v{k} = {f'load(result_t, (c + {k}) * {LANES})' if adds else 'splat(ZERO)'}" for k in range(LANES)]
+    lines += [f"at = base * {width} + {column} + offset + c", "for b in range(tokens):"]
+    lines.append(f"    part = load({shares}, b * {LANES})")
+    lines += [f"    v{k} = fma(part, splat_at({array}, at + {k}), v{k})" for k in range(LANES)]
+    lines.append(f"    at += {width}")
+    value = f"mul(v{{k}}, {factor})" if factor else "v{k}"
+    lines += [f"store(result_t, (c + {k}) * {LANES}, {value.format(k=k)})" for k in range(LANES)]
+    return _by_parts(d_head, *lines)
 
 
 def _spread(shares: str, block: str, to: tuple[str, int], width: int, d_head: int) -> list[str]:
     """Columns of ``to`` += Σ_a shares[b, a]·block_a over 16 queries a, a vector over channels for every token b."""
     array, column = to
-    lines: list[str] = []
-    for part, c in enumerate(range(0, d_head, LANES)):
-        lines += [f"v{k} = load({block}_r, {(part * LANES + k) * LANES})" for k in range(LANES)]
-        lines += [f"to = base * {width} + {column + c} + offset", "for b in range(tokens):"]
-        lines += [f"    at, part = b * {LANES}, load({array}, to)"]
-        lines += [f"    part = fma(v{k}, splat_at({shares}, at + {k}), part)" for k in range(LANES)]
-        lines += [f"    store({array}, to, part)", f"    to += {width}"]
-    return lines
+    lines = [f"v{k} = load({block}_r, (c + {k}) * {LANES})" for k in range(LANES)]
+    lines += [f"to = base * {width} + {column} + offset + c", "for b in range(tokens):"]
+    lines.append(f"    at, part = b * {LANES}, load({array}, to)")
+    lines += [f"    part = fma(v{k}, splat_at({shares}, at + {k}), part)" for k in range(LANES)]
+    return _by_parts(d_head, *lines, f"    store({array}, to, part)", f"    to += {width}")

@@ -108,10 +108,18 @@ def norm_source(d: int, dtype: str) -> KernelSource:
 
 
 def norm_back_source(d: int, dtype: str) -> KernelSource:
-    """g += scale (g_y − y mean(g_y y)), the gradient of ``norm``; ``x`` is what was normalised."""
-    s = Source(dtype)
-    s.array("x", d), s.array("g_y", d), s.array("g", d)
-    s.add("own, grad, to = x[n], g_y[n], g[n]", *scale(s, d), *norm_back(s, d))
+    """g_to = g + scale (g_y − y mean(g_y y)), by the gradient of ``norm``; ``x`` is what was normalised.
+
+    g_to may be g: by vectors, because the compiler takes a slow way then.
+    """
+    s, whole = Source(dtype), d - d % LANES
+    s.array("x", d), s.array("g_y", d), s.array("g", d), s.array("g_to", d)
+    s.use_lanes()
+    s.add("own, grad, before, to = x[n], g_y[n], g[n], g_to[n]", *scale(s, d), *_share(s, d))
+    s.add("scales, shares = splat(scale), splat(-scale * along)", f"for c in range(0, {whole}, {LANES}):")
+    s.add("part = fma(scales, load(grad, c), load(before, c))", indent=EDGE)
+    s.add("store(to, c, fma(shares, load(own, c), part))", indent=EDGE)
+    s.add(f"for c in range({whole}, {d}):", "    to[c] = before[c] + scale * (grad[c] - along * own[c])")
     return s.result()
 
 
@@ -121,11 +129,10 @@ def scale(s: Source, d: int) -> list[str]:
     return [*lines, f"scale = ONE / math.sqrt(total * {s.number(1 / d)} + {s.number(1e-6)})"]
 
 
-def norm_back(s: Source, d: int) -> list[str]:
-    """``to`` += scale (grad − y mean(grad y)), y being ``own`` normed."""
+def _share(s: Source, d: int) -> list[str]:
+    """``along`` = scale² mean(own grad), how much of ``own`` is taken from ``grad`` in the gradient."""
     lines = ["along = ZERO", f"for c in range({d}):", "    along += own[c] * grad[c]"]
-    lines += [f"along *= scale * scale * {s.number(1 / d)}", f"for c in range({d}):"]
-    return [*lines, "    to[c] += scale * (grad[c] - along * own[c])"]
+    return [*lines, f"along *= scale * scale * {s.number(1 / d)}"]
 
 
 def swiglu_source(width: int, dtype: str) -> KernelSource:
@@ -193,7 +200,8 @@ def readout_back_source(d: int, dtype: str, is_last: bool) -> KernelSource:
         s.array("g_y", d)
         s.add("g_weight[t] += seed[n] * value * scale", "message = g_y[t]", f"for c in range({d}):", indent=EDGE)
         s.add("    grad[c] += message[c]", indent=EDGE)
-    s.add(*norm_back(s, d), indent=EDGE)
+    s.add(*_share(s, d), f"for c in range({d}):", indent=EDGE)
+    s.add("to[c] += scale * (grad[c] - along * own[c])", indent=DEEP)
     return s.result()
 
 

@@ -20,7 +20,7 @@ from equimd.kernels.frozen import DTYPES, Evaluation, Geometry, check_inputs, ma
 from equimd.kernels.source import KernelSource
 from equimd.kernels.threads import torch_on_one_thread
 from equimd.kernels.token_run import Axis, Kernel, Run
-from equimd.kernels.token_weights import Block, Stage, TokenNetwork, prepare_block
+from equimd.kernels.token_weights import TABLES, Block, Filling, Stage, TokenNetwork
 from equimd.kernels.topology import Topology
 from equimd.kernels.workspace import Field, Workspace
 
@@ -59,33 +59,25 @@ class FusedTransformer:
         if network.embedding.device.type != "cpu":
             raise ValueError("weights must be on the CPU")
         self.dtype, self.n_heads = dtype, network.n_heads
-        self.stages = [self._prepare(stage) for stage in network.stages]
+        self._filling = Filling.of(network)
+        self._room = self._filling.make_room(network, DTYPES[dtype])
+        self.update(network)
         scales = [network.cutoff, network.cutoff_width, (2 / network.cutoff) ** 0.5]
         self._constants = {
             "scales": torch.tensor(scales, dtype=torch.float64, device="cpu"),
             "frequencies": network.frequencies.to(torch.float64).contiguous(),
             "pairs": network.pairs.to(torch.float64).contiguous(),
-        } | self._tables(network)
+        } | {name: getattr(self._room, name) for name in TABLES}
+        for k, stage in enumerate(self._room.stages):
+            self._constants |= {f"heads{k}": stage.heads, f"constant{k}": stage.constant}
         self._fields, self._shared = self._arrays(network)
         self._kernels = compile_all(self._sources(network))
         self._spare: list[Workspace] = []
 
-    def cast(self, tensor: Tensor) -> Tensor:
-        """A copy, in the kernels' precision."""
-        return tensor.detach().to(DTYPES[self.dtype]).clone(memory_format=torch.contiguous_format)
-
-    def _prepare(self, stage: Stage) -> Stage:
-        with torch.no_grad():
-            blocks = [Block(*map(self.cast, prepare_block(block, self.n_heads).weights)) for block in stage.blocks]
-            message = None if stage.message is None else self.cast(stage.message)
-            return Stage(blocks, self.cast(stage.heads), self.cast(stage.constant), message)
-
-    def _tables(self, network: TokenNetwork) -> dict[str, Tensor]:
-        """Weights that kernels read."""
-        tables = {name: self.cast(getattr(network, name)) for name in ("embedding", "of_atoms", "of_pairs")}
-        for k, stage in enumerate(self.stages):
-            tables |= {f"heads{k}": stage.heads, f"constant{k}": stage.constant}
-        return tables
+    @torch.no_grad()
+    def update(self, network: TokenNetwork) -> None:
+        """Other weights for the same network: same shapes, same cutoff, same repulsion."""
+        self._filling.write(network, self._room)
 
     def __call__(
         self,
@@ -128,7 +120,7 @@ class FusedTransformer:
                 workspace = Workspace(self._fields, self._constants)
             inputs = geometry._asdict() | {
                 "kind": kind,
-                "seed": self.cast(seed),
+                "seed": seed.to(DTYPES[self.dtype]).contiguous(),
                 "reverse": reverse,
                 "order": topology.receiver_order,
                 "other": topology.senders,
@@ -139,12 +131,13 @@ class FusedTransformer:
                 run.n_threads = n_threads
                 self._forward(run)
                 self._backward(run)
+            run.forget(*results._fields)  # they may come to hold the run
         return results, run
 
     def steps(self) -> list[tuple[int, Stage, list[Step]]]:
         """Every stage, its number and its blocks."""
         found, i = [], 0
-        for k, stage in enumerate(self.stages):
+        for k, stage in enumerate(self._room.stages):
             last = i + len(stage.blocks) - 1
             steps = [
                 Step(i + a, block, f"end{k}" if i + a == last else f"x{i + a + 1}")
@@ -183,15 +176,14 @@ class FusedTransformer:
     def _arrays(self, network: TokenNetwork) -> tuple[dict[str, Field], dict[str, str]]:
         """The arrays of a workspace, and which names are of the same."""
         real, d = DTYPES[self.dtype], network.embedding.shape[1]
-        names = token_arrays(self.stages, d, self.n_heads)
+        names = token_arrays(self._room.stages, d, self.n_heads)
         shared: dict[str, str] = {}
-        if not self.keeps:
-            for name in (*names["token"], *names["atom"]):
-                plain = name.rstrip("0123456789")
-                if plain in ("g_up", "g_atom_up"):
-                    shared[name] = name.removeprefix("g_")
-                elif plain in _IN_PLACE:
-                    shared[name] = _IN_PLACE[plain]
+        for name in (*names["token"], *names["atom"]):
+            plain = name.rstrip("0123456789")
+            if plain in ("g_up", "g_atom_up"):  # found again at next to no cost
+                shared[name] = plain if self.keeps else name.removeprefix("g_")
+            elif plain in _IN_PLACE and not self.keeps:
+                shared[name] = _IN_PLACE[plain]
         fields = {
             shared.get(name, name): Field(axis, width, real)
             for axis, widths in names.items()
@@ -202,7 +194,7 @@ class FusedTransformer:
         return fields | {name: Field(axis, 1, torch.int64) for name, axis in index.items()}, shared
 
     def _sources(self, network: TokenNetwork) -> Sources:
-        return _sources(network, self.stages[0].blocks[0], self.dtype)
+        return _sources(network, self._room.stages[0].blocks[0], self.dtype)
 
 
 def token_arrays(stages: Sequence[Stage], d: int, n_heads: int) -> dict[str, dict[str, int]]:
@@ -255,14 +247,14 @@ def _block_backward(run: Run, step: Step) -> None:
         run.kernel("atom_swiglu_back", title + "atoms", **names)
         run.linear(f"g_atom_up{i}", block.atom_up, "atom_y", title + "atoms")
         run.add_to_atoms("atom_y", f"g_ymid{i}", title + "atoms")
-    run.copy(f"g_{after}", f"g_mid{i}", title + "norm")
-    run.kernel("norm_back", title + "norm", x=f"mid{i}", g_y=f"g_ymid{i}", g=f"g_mid{i}")
+    names = {"x": f"mid{i}", "g_y": f"g_ymid{i}", "g": f"g_{after}", "g_to": f"g_mid{i}"}
+    run.kernel("norm_back", title + "norm", **names)
     run.linear(f"g_mid{i}", block.out, f"g_o{i}", title + "linear")
     names = {"qkv": f"qkv{i}", "level": f"level{i}", "g": f"g_o{i}", "g_qkv": f"g_qkv{i}"}
     run.kernel("attention_back", title + "attention", **names)
     run.linear(f"g_qkv{i}", block.qkv, f"g_yx{i}", title + "linear")
-    run.copy(f"g_mid{i}", f"g_x{i}", title + "norm")
-    run.kernel("norm_back", title + "norm", x=f"x{i}", g_y=f"g_yx{i}", g=f"g_x{i}")
+    names = {"x": f"x{i}", "g_y": f"g_yx{i}", "g": f"g_mid{i}", "g_to": f"g_x{i}"}
+    run.kernel("norm_back", title + "norm", **names)
 
 
 def compile_all(sources: Sources) -> dict[str, Kernel]:

@@ -85,18 +85,19 @@ def swiglu_rates_source(width: int, dtype: str) -> KernelSource:
 
 
 def swiglu_rates_back_source(width: int, dtype: str) -> KernelSource:
-    """e_up (M, 2 width), the rate of ``swiglu_back``'s g_up, from g_h and its rate e_h; h and d_h once more.
+    """e_up (M, 2 width), the rate of ``swiglu_back``'s g_up, from g_h and its rate e_h; g_up, h and d_h once more.
 
     With u = silu(a): [u' (e_h b + g_h b') + u'' a' g_h b, u e_h + u' a' g_h], primes of a and b being rates.
     """
     s = Source(dtype)
     s.array("up"), s.array("d_up"), s.array("g_h"), s.array("e_h")
-    s.array("e_up"), s.array("h"), s.array("d_h")
+    s.array("e_up"), s.array("g_up"), s.array("h"), s.array("d_h")
     _start_swiglu(s, width)
     s.add(f"grad, change = load(g_h, n * {width} + c), load(e_h, n * {width} + c)", indent=EDGE)
     s.add(f"store(h, n * {width} + c, mul(u, b))", indent=EDGE)
     s.add(f"store(d_h, n * {width} + c, fma(mul(slope, b), d_a, mul(u, d_b)))", indent=EDGE)
     s.add("bend = mul(sub(one, gate), sub(fma(gate, one, slope), mul(u, gate)))", indent=EDGE)
+    s.add("store(g_up, at, mul(mul(grad, b), slope))", f"store(g_up, at + {width}, mul(grad, u))", indent=EDGE)
     s.add("turned = mul(grad, d_a)", "straight = fma(change, b, mul(grad, d_b))", indent=EDGE)
     s.add("store(e_up, at, fma(slope, straight, mul(mul(bend, turned), b)))", indent=EDGE)
     s.add(f"store(e_up, at + {width}, fma(u, change, mul(slope, turned)))", indent=EDGE)

@@ -89,7 +89,7 @@ class Run:
             else:
                 torch.addmm(more[low:high], x[low:high], weight, out=out[low:high])
 
-        run_ranges(multiply, (), self._bounds(len(x), weight.numel()))
+        run_ranges(multiply, (), self._bounds(x.shape[0], weight.numel()))
         self._add_time(title, start)
 
     def products(self, target: Tensor, title: str, *pairs: tuple[str, str]) -> None:
@@ -97,12 +97,16 @@ class Run:
         start = time.perf_counter()
         rows = [(self._rows(left), self._rows(right)) for left, right in pairs]
 
+        wide = target.shape[0] > target.shape[1]  # faster with the narrower of the two transposed
+        out = target.T if wide else target
+
         def multiply(low: int, high: int) -> None:
             for k, (left, right) in enumerate(rows):
-                part = left[:, low:high].T
-                torch.addmm(target[low:high], part, right, beta=min(k, 1), out=target[low:high])
+                if wide:
+                    left, right = right, left
+                torch.addmm(out[low:high], left[:, low:high].T, right, beta=min(k, 1), out=out[low:high])
 
-        run_ranges(multiply, (), self._bounds(len(target), len(pairs) * rows[0][1].numel()))
+        run_ranges(multiply, (), self._bounds(out.shape[0], len(pairs) * rows[0][0].numel()))
         self._add_time(title, start)
 
     def copy(self, source: str, target: str, title: str) -> None:

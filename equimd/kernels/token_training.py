@@ -16,7 +16,7 @@ from equimd.kernels.frozen import DTYPES, Evaluation, Geometry
 from equimd.kernels.threads import torch_on_one_thread
 from equimd.kernels.token_network import EXPONENTIAL, FusedTransformer, Sources, Step, token_arrays
 from equimd.kernels.token_run import Run
-from equimd.kernels.token_weights import Block, Stage, TokenNetwork, restore_block
+from equimd.kernels.token_weights import Block, TokenNetwork
 from equimd.kernels.topology import Topology
 from equimd.kernels.workspace import Field
 
@@ -32,21 +32,9 @@ class Record:
 
 
 class TrainedTransformer(FusedTransformer):
-    """``network``, compiled; ``update`` gives it other weights."""
+    """``network`` with a gradient; ``update`` gives it the weights of the next step."""
 
     keeps = True
-
-    def __init__(self, network: TokenNetwork, dtype: str) -> None:
-        super().__init__(network, dtype)
-        self._network = network
-
-    @torch.no_grad()
-    def update(self, network: TokenNetwork) -> None:
-        """Other weights for the same network: same shapes, same repulsion."""
-        self._network = network
-        self.stages = [self._prepare(stage) for stage in network.stages]
-        for name, tensor in self._tables(network).items():
-            self._constants[name].copy_(tensor)
 
     def record(
         self, geometry: Geometry, kind: Tensor, seed: Tensor, topology: Topology, reverse: Tensor
@@ -59,30 +47,21 @@ class TrainedTransformer(FusedTransformer):
         """Use the arrays of a run again."""
         self._spare.append(run.workspace)
 
-    def gradient(self, record: Record, factors: Tensor, directions: Tensor) -> TokenNetwork:
-        """With respect to each weight, in the form of a network; factors (N,), directions (E, 3).
+    def gradient(self, network: TokenNetwork, record: Record, factors: Tensor, directions: Tensor) -> TokenNetwork:
+        """With respect to each weight of ``network``, in its place; factors (N,), directions (E, 3).
 
         The record stays as it is. The weights must be those of the evaluation.
         """
-        run, network = record.run, self._network
+        run, real = record.run, DTYPES[self.dtype]
         with torch.inference_mode(False), torch.no_grad(), torch_on_one_thread() as run.n_threads:
-            found = _zeros_like(network, self.stages, DTYPES[self.dtype])
-            run.hold({"d_seed": self.cast(factors), "directions": directions.to(torch.float64).contiguous()})
+            found = self._filling.make_room(network, real, for_gradient=True)
+            run.hold({"d_seed": factors.to(real).contiguous(), "directions": directions.to(torch.float64).contiguous()})
             run.hold({"to_atoms": found.of_atoms, "to_pairs": found.of_pairs})
             self._rates(run)
             self._rates_back(run, found)
             for stage in found.stages:
                 stage.constant.fill_(factors.sum())
-        restored = [
-            Stage(
-                [restore_block(*pair, self.n_heads) for pair in zip(own.blocks, stage.blocks, strict=True)],
-                own.heads,
-                own.constant,
-                own.message,
-            )
-            for own, stage in zip(found.stages, network.stages, strict=True)
-        ]
-        return found._replace(stages=restored)
+            return self._filling.read(network, found)
 
     def _rates(self, run: Run) -> None:
         run.kernel("tokens_rates", "rates: tokens", d_x="d_x0")
@@ -119,8 +98,8 @@ class TrainedTransformer(FusedTransformer):
     def _arrays(self, network: TokenNetwork) -> tuple[dict[str, Field], dict[str, str]]:
         fields, shared = super()._arrays(network)
         real, (n_features, d) = DTYPES[self.dtype], network.embedding.shape
-        values = token_arrays(self.stages, d, self.n_heads)
-        block = self.stages[0].blocks[0]
+        values = token_arrays(self._room.stages, d, self.n_heads)
+        block = self._room.stages[0].blocks[0]
         width, heads = block.down.shape[1], block.out.shape[1]
         tokens = {f"d_{name}": n for name, n in values["token"].items() if not name.startswith(("g_", "sent"))}
         tokens |= {name: d for name in ("e", "e_y", "e_sent", "e_message", "g_y")}
@@ -134,7 +113,7 @@ class TrainedTransformer(FusedTransformer):
         return fields | {name: Field("atom", n, real) for name, n in atoms.items()}, shared
 
     def _sources(self, network: TokenNetwork) -> Sources:
-        block, dtype = self.stages[0].blocks[0], self.dtype
+        block, dtype = self._room.stages[0].blocks[0], self.dtype
         (n_features, d), n_species, width = network.embedding.shape, network.of_atoms.shape[0], block.down.shape[1]
         heads, rates = (self.n_heads, block.out.shape[1] // self.n_heads, dtype), token_rates_codegen
         sources: Sources = {
@@ -157,21 +136,6 @@ class TrainedTransformer(FusedTransformer):
                 "atom_swiglu_rates_back": (rates.swiglu_rates_back_source(width, dtype), "atom", 0),
             }
         return super()._sources(network) | sources
-
-
-def _zeros_like(network: TokenNetwork, stages: list[Stage], real: torch.dtype) -> TokenNetwork:
-    """Room for gradients, of the shapes that weights have as they are prepared."""
-
-    def zeros(weight: Tensor) -> Tensor:
-        return torch.zeros_like(weight, dtype=real, memory_format=torch.contiguous_format)
-
-    rooms = []
-    for stage in stages:
-        blocks = [Block(*map(zeros, block.weights)) for block in stage.blocks]
-        message = None if stage.message is None else zeros(stage.message)
-        rooms.append(Stage(blocks, zeros(stage.heads), zeros(stage.constant), message))
-    tables = {name: zeros(getattr(network, name)) for name in ("embedding", "of_atoms", "of_pairs")}
-    return network._replace(stages=rooms, **tables)
 
 
 def _block_rates(run: Run, step: Step) -> None:
@@ -197,16 +161,16 @@ def _block_rates_back(run: Run, step: Step, found: Block) -> None:
     """e, the rate of the gradient of what came out, becomes that of what went in; ``found`` gets its gradients."""
     (i, block, after), title = step, f"rates back: block {step.i}: "
     run.linear("e", block.down, "e_h", title + "linear")
-    run.kernel("swiglu_rates_back", title + "swiglu", up=f"up{i}", d_up=f"d_up{i}", g_h=f"g_h{i}")
+    run.kernel("swiglu_rates_back", title + "swiglu", up=f"up{i}", d_up=f"d_up{i}", g_h=f"g_h{i}", g_up="g_up")
     run.products(found.down, title + "weights", ("e", "h"), (f"g_{after}", "d_h"))
     run.linear("e_up", block.up, "e_y", title + "linear")
     _atoms_rates_back(run, step, found)
     run.kernel("norm_rates_back", title + "norm", x=f"mid{i}", d_x=f"d_mid{i}", g_y=f"g_ymid{i}")
-    run.products(found.up, title + "weights", ("e_up", "y"), (f"g_up{i}", "d_y"))
+    run.products(found.up, title + "weights", ("e_up", "y"), ("g_up", "d_y"))
     if found.atom_up is not None:
         run.take_atoms("y", "atom_y", title + "atoms")
         run.take_atoms("d_y", "d_atom_y", title + "atoms")
-        run.products(found.atom_up, title + "atoms", ("e_atom_up", "atom_y"), (f"g_atom_up{i}", "d_atom_y"))
+        run.products(found.atom_up, title + "atoms", ("e_atom_up", "atom_y"), ("g_atom_up", "d_atom_y"))
     run.products(found.out, title + "weights", ("e", f"o{i}"), (f"g_mid{i}", f"d_o{i}"))
     run.linear("e", block.out, "e_o", title + "linear")
     run.kernel("attention_rates_back", title + "attention", g=f"g_o{i}", e="e_o", **_attention_names(i))
@@ -224,7 +188,7 @@ def _atoms_rates_back(run: Run, step: Step, found: Block) -> None:
     run.take_atoms(f"g_{after}", "g_atom_y", title)
     run.linear("e_atom_y", block.atom_down, "e_atom_h", title)
     names = {"up": f"atom_up{i}", "d_up": f"d_atom_up{i}", "g_h": f"g_atom_h{i}", "e_h": "e_atom_h"}
-    run.kernel("atom_swiglu_rates_back", title, e_up="e_atom_up", h="atom_h", d_h="d_atom_h", **names)
+    run.kernel("atom_swiglu_rates_back", title, e_up="e_atom_up", g_up="g_atom_up", h="atom_h", d_h="d_atom_h", **names)
     run.products(found.atom_down, title, ("e_atom_y", "atom_h"), ("g_atom_y", "d_atom_h"))
     run.linear("e_atom_up", block.atom_up, "e_atom_y", title)
     run.add_to_atoms("e_atom_y", "e_y", title)

@@ -1,5 +1,6 @@
 """Radial functions shared by both families: Bessel basis, smooth cutoffs, ZBL repulsion."""
 
+import functools
 import math
 
 import torch
@@ -67,6 +68,7 @@ def _zbl_length(z_i: Tensor, z_j: Tensor) -> Tensor:
     return 0.88534 * BOHR / (z_i**0.23 + z_j**0.23)
 
 
+@functools.lru_cache(maxsize=16)
 def zbl_parameters(species: tuple[int, ...], cutoff: float) -> tuple[tuple[tuple[float, float], ...], Tensor]:
     """What ``zbl_pair_energy`` is made of: the screening as pairs (c, b), and (S, S, 3) float64 by species.
 

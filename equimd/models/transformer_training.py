@@ -42,7 +42,9 @@ class TransformerTrainer(Trainer):
     ) -> list[Tensor | None]:
         """By rates of change of all that is held."""
         assert self._network is not None
-        found = _by_parameter(self.potential, self._network.gradient(held, factors, directions))
+        found = _by_parameter(
+            self.potential, self._network.gradient(self.potential.weights(), held, factors, directions)
+        )
         return [found.get(id(parameter)) for parameter in parameters]
 
 

@@ -1,7 +1,6 @@
 import os
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,11 +14,3 @@ def _kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     yield
     if before is None:
         os.environ.pop("EQUIMD_CACHE", None)
-
-
-@pytest.fixture
-def set_threads():
-    """``torch.set_num_threads``, undone afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)

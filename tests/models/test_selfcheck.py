@@ -201,6 +201,23 @@ def test_wrong_gradients_fall_back(monkeypatch, broken):
     assert potential.kernel_backend == "numba"
 
 
+@pytest.mark.parametrize("kernel", ["", "attention_rates_back", "tokens_rates"])
+def test_wrong_gradients_of_transformers_fall_back(monkeypatch, kernel):
+    from equimd.kernels import token_run
+
+    potential, run = _transformer().requires_grad_(), token_run.Run.kernel
+    if not kernel:
+        selfcheck.check_training_kernels(potential)
+        assert potential.trains_by_kernels
+        return
+    monkeypatch.setattr(
+        token_run.Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
+    )
+    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
+        selfcheck.check_training_kernels(potential)
+    assert not potential.trains_by_kernels
+
+
 def test_compiler_that_fails_falls_back(monkeypatch):
     from equimd.kernels import network
 
