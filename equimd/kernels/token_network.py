@@ -131,7 +131,6 @@ class FusedTransformer:
                 run.n_threads = n_threads
                 self._forward(run)
                 self._backward(run)
-            run.forget(*results._fields)  # they may come to hold the run
         return results, run
 
     def steps(self) -> list[tuple[int, Stage, list[Step]]]:
