@@ -185,14 +185,14 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, potential):
     before = file.read_bytes()
     assert len(before) > 4096
     code = (
-        "import sys; from pathlib import Path; from equimd.errors import InputError\n"
+        "import sys; from pathlib import Path\n"
         "from equimd.models.checkpoint import write_bytes_atomically\n"
         "try: write_bytes_atomically(Path(sys.argv[1]), bytes(100_000))\n"
-        "except InputError as error: print(error); sys.exit(7)"
+        "except OSError as error: print(error); sys.exit(7)"
     )
     done = limited(code, str(file))
     assert done.returncode == 7, done.stderr
-    assert f"cannot write {file}" in done.stdout
+    assert str(file) in done.stdout
     assert done.stdout.count("\n") == 1
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

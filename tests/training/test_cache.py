@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(arrays_module._Writer, "append", full)
-    with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz in .*: No space left .*EQUIMD_CACHE"):
+    with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz .*: No space left .* set EQUIMD_CACHE"):
         frame_arrays(request_)
     assert not [path for path in kept.iterdir() if path.is_dir()]
 

@@ -1,9 +1,11 @@
 """What a recipe's data must satisfy before a training begins, and what is found out about it."""
 
+import h5py
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db import connect
 from training_samples import E0, spring_frames
 
 from equimd.errors import InputError
@@ -13,6 +15,7 @@ from equimd.models.checkpoint import load_checkpoint
 from equimd.training import cache, train
 from equimd.training.dataset import read_data
 from equimd.training.recipe import make_recipe
+from equimd.units import KCAL_PER_MOL
 
 
 @pytest.fixture
@@ -188,6 +191,52 @@ def test_several_files_are_one_set(read, folder):
     for name in ("positions", "forces", "energy", "edges", "index"):
         np.testing.assert_array_equal(one.train.arrays[name], several.train.arrays[name])
     assert set(several.sha256) == {"b.xyz", "c.xyz", "valid.xyz"}
+
+
+def stored(path, frames) -> None:
+    """The frames in kcal/mol and Å, in the format that the name says."""
+    numbers, positions = frames[0].numbers, np.array([atoms.positions for atoms in frames])
+    energies = np.array([atoms.get_potential_energy() for atoms in frames]) / KCAL_PER_MOL
+    forces = np.array([atoms.get_forces() for atoms in frames]) / KCAL_PER_MOL
+    if path.suffix == ".npz":
+        np.savez_compressed(path, z=numbers, R=positions, E=energies[:, None], F=forces)
+        return
+    if path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            group = file.create_group("methanol")
+            group["atomic_numbers"], group["conformations"] = numbers, positions
+            group["energies"], group["gradients"] = energies, -forces
+        return
+    scaled = []
+    for k in range(len(frames)):
+        scaled.append(Atoms(numbers, positions[k]))
+        scaled[k].calc = SinglePointCalculator(scaled[k], energy=energies[k], forces=forces[k])
+    if path.suffix == ".xyz":
+        write_frames(path, scaled)
+        return
+    if path.suffix == ".aselmdb":
+        database = pytest.importorskip("ase_db_backends.aselmdb").LMDBDatabase(path)
+    else:
+        database = connect(path)
+    with database as opened:
+        for atoms in scaled:
+            opened.write(atoms)
+
+
+@pytest.mark.parametrize("suffix", [".xyz", ".db", ".npz", ".h5", ".aselmdb"])
+def test_every_format_gives_the_same_set(read, folder, suffix):
+    frames = spring_frames(8, 1, names=("CH3OH",))
+    write_frames(folder / "ours.xyz", frames)
+    stored(folder / f"theirs{suffix}", frames)
+    write_frames(folder / "valid.xyz", spring_frames(4, 2, names=("CH3OH",)))
+    ours = read(train="ours.xyz", n_train=5).train.arrays
+    stored(folder / f"valid{suffix}", spring_frames(4, 2, names=("CH3OH",)))
+    units = {"energy": "kcal/mol", "length": "Å"}
+    theirs = read(train=f"theirs{suffix}", valid=f"valid{suffix}", n_train=5, units=units).train.arrays
+    for name in ("numbers", "edges", "shifts", "n_atoms", "index"):
+        np.testing.assert_array_equal(theirs[name], ours[name])
+    for name in ("positions", "energy", "forces"):
+        np.testing.assert_allclose(theirs[name], ours[name], atol=1e-6)  # decimals of extxyz
 
 
 def test_training_from_the_cache_is_training_from_memory(folder, values, tmp_path_factory, monkeypatch):
