@@ -1,4 +1,4 @@
-"""Tables of benchmarks/README.md, each between two markers that bear its name."""
+"""Tables of benchmarks/README.md and other pages, each between two markers that bear its name."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
-def write_table(name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name: begin -->`` and ``<!-- name: end -->``."""
+def write_table(name: str, text: str, page: Path = README) -> None:
+    """Replace what stands between ``<!-- name: begin -->`` and ``<!-- name: end -->`` in ``page``."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = README.read_text(encoding="utf-8").split(begin)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     _, after = rest.split(end)
-    write_text_atomically(README, f"{before}{begin}\n{text}\n{end}{after}")
+    write_text_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
