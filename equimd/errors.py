@@ -1,4 +1,4 @@
-"""The exceptions whose message is one line for the user; the CLI prints it and exits with 2 or 1."""
+"""The exceptions and warnings whose message is one line; the CLI prints it, exits with 2 or 1 for an exception."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class FailedError(RuntimeError):
     """Work that could not be finished: the message is one line that says what happened and how to go on."""
+
+
+class KernelWarning(RuntimeWarning):
+    """Compiled kernels are wrong or missing here, and slower ones take their place."""

@@ -11,7 +11,7 @@ from typing import Any
 from typer import Abort, Exit
 from typer.core import TyperGroup
 
-from equimd.errors import FailedError, InputError
+from equimd.errors import FailedError, InputError, KernelWarning
 
 FAILED, BAD_INPUT = 1, 2
 # What typer returns in place of KeyboardInterrupt.
@@ -100,6 +100,7 @@ def _plain_warnings() -> Any:
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, RuntimeWarning):
             warnings.simplefilter("ignore", category)
         warnings.filterwarnings("default", category=UserWarning)
+        warnings.filterwarnings("default", category=KernelWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|e3nn|ase|openmm|mdtraj")
         warnings.showwarning = show
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equimd.errors import KernelWarning
 from equimd.kernels.closure import Convolve
 from equimd.kernels.compiled import import_source
 from equimd.kernels.plan import ConvolutionPlan, make_layer_plan
@@ -45,7 +46,7 @@ def runs(device: torch.device) -> bool:
         fault = f"1 · 1 · 1 is {value:g}"
     warnings.warn(
         f"triton does not work on {device} ({fault}); torch computes the convolutions instead, more slowly",
-        RuntimeWarning,
+        KernelWarning,
         stacklevel=2,
     )
     return False

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from equimd.errors import KernelWarning
 from equimd.graph import AtomGraph
 from equimd.kernels import (
     Backend,
@@ -214,6 +215,7 @@ class EquivariantPotential(Potential):
     """NequIP-like network; see the module's docstring for the equations."""
 
     family: ClassVar[str] = "equivariant"
+    has_compiled_layers = True
     parts = {
         "embedding": ("embedding",),
         "layers": ("layers",),
@@ -309,7 +311,7 @@ class EquivariantPotential(Potential):
         try:
             tables = tabulate(scaled, self.radial_basis, self.cutoff, _TABLE_TOLERANCE[self.dtype])
         except ValueError as error:
-            warnings.warn(f"{error}; the network is evaluated without tables, slowly", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}; the network is evaluated without tables, slowly", KernelWarning, stacklevel=2)
             return None
         return self.compile_network(self.frozen_weights(tables), clocks)
 

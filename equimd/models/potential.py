@@ -69,12 +69,13 @@ class Potential(nn.Module, ABC):
     kernel_backend: which kernels compute; the self-check chooses slower ones where the fastest are wrong.
     direct_forces: True where forces come from a head of their own instead of the gradient.
     parts: names for groups of parameters, as patterns of their names. species_tables: parameters whose rows are species
-    (1) or pairs of species (2).
+    (1) or pairs of species (2). has_compiled_layers: True where autograd goes through compiled operations, too.
     """
 
     family: ClassVar[str]
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     species_tables: ClassVar[Mapping[str, int]] = {}
+    has_compiled_layers: ClassVar[bool] = False
     direct_forces: bool = False
     kernel_backend: Backend = "auto"
     _fused: tuple[tuple[Any, ...], Any] | None = None

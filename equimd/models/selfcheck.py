@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from equimd import kernels, neighbors
+from equimd.errors import KernelWarning
 from equimd.graph import AtomGraph, batch_graphs, edge_vectors, make_graph
 from equimd.models.elements import COVALENT_RADII
 from equimd.models.potential import Potential, Prediction
@@ -105,8 +106,8 @@ def check_training_kernels(potential: Potential) -> None:
     The loss is of energy, forces and stress of a small structure; deviations are relative to the largest gradient of
     the same parameter, or to a hundredth of the largest of all.
     """
-    if not potential.trains_by_kernels:
-        return  # autograd does it
+    if not (potential.trains_by_kernels or potential.has_compiled_layers):
+        return  # torch's own operations do it
     graph = _on(potential, _small_structure(potential.species, potential.cutoff).graph(potential.cutoff + 0.5))
     double = copy.deepcopy(potential).to(torch.float64)
     with kernels.using("reference"):
@@ -131,7 +132,7 @@ def check_training_kernels(potential: Potential) -> None:
     else:  # it is not the kernels
         potential.kernel_backend = "auto"
         warnings.warn(
-            f"gradients of a loss differ from those in float64 ({found['reference']})", RuntimeWarning, stacklevel=2
+            f"gradients of a loss differ from those in float64 ({found['reference']})", KernelWarning, stacklevel=2
         )
         return
     if found:
@@ -194,7 +195,7 @@ def _warn_of_kernels(found: "dict[kernels.Backend, str]", chosen: kernels.Backen
     what = "; ".join(f'"{name}": {fault}' for name, fault in found.items())
     warnings.warn(
         f'compiled kernels are wrong here ({what}); "{chosen}" is used instead and is slower',
-        RuntimeWarning,
+        KernelWarning,
         stacklevel=4,
     )
 

@@ -54,6 +54,22 @@ def test_info(run):
     assert "torch" in run("info").stdout
 
 
+def test_slower_kernels_are_told(run, potentials, labelled, monkeypatch):
+    from equimd.kernels import token_run
+
+    right = token_run.Run.kernel
+
+    def broken(self, name, *args, **names):
+        if name != "attention_back":
+            right(self, name, *args, **names)
+
+    assert run("evaluate", potentials["transformer"], labelled).stderr == ""
+    monkeypatch.setattr(token_run.Run, "kernel", broken)
+    result = run("evaluate", potentials["transformer"], labelled)
+    assert result.exit_code == 0
+    assert "equimd: warning: compiled kernels are wrong here" in result.stderr
+
+
 def test_data_inspect(run, labelled):
     result = as_json(run("data", "inspect", labelled, "--json", "-"))
     assert result["n_frames"] == 3

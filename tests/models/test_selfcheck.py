@@ -8,6 +8,7 @@ import torch
 import toys
 
 from equimd import neighbors
+from equimd.errors import KernelWarning
 from equimd.models import selfcheck
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.selfcheck import SelfCheckError, brute_force_neighbors, self_check
@@ -95,8 +96,8 @@ def test_chirality_is_caught_by_the_reflection_alone():
     assert [m for m in report.messages if "reflection" in m] == list(report.messages) != []
 
 
-def _equivariant(l_max=2):
-    settings = EquivariantSettings(n_channels=8, l_max=l_max, n_layers=2, avg_num_neighbors=20.0)
+def _equivariant(l_max=2, rms_norm=False):
+    settings = EquivariantSettings(n_channels=8, l_max=l_max, n_layers=2, avg_num_neighbors=20.0, rms_norm=rms_norm)
     return EquivariantPotential(settings, (1, 8), toys.ISOLATED)
 
 
@@ -199,6 +200,27 @@ def test_wrong_gradients_fall_back(monkeypatch, broken):
     with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
         selfcheck.check_training_kernels(potential)
     assert potential.kernel_backend == "numba"
+
+
+def test_gradients_by_autograd_through_kernels_are_checked(monkeypatch):
+    """rms_norm networks train by second derivatives of the compiled convolution, as all do on a GPU."""
+    from equimd.kernels import numba_cpu
+
+    potential = _equivariant(rms_norm=True).requires_grad_()
+    assert not potential.trains_by_kernels
+    run = numba_cpu._run
+
+    def wrong(kind, x, y, w, g, out, out2, *rest):
+        run(kind, x, y, w, g, out, out2, *rest)
+        if kind == "grad_w":
+            out.mul_(0.5)
+
+    selfcheck.check_training_kernels(potential)
+    assert potential.kernel_backend == "auto"
+    monkeypatch.setattr(numba_cpu, "_run", wrong)
+    with pytest.warns(KernelWarning, match='"auto": gradients are off by .* "reference" is used instead'):
+        selfcheck.check_training_kernels(potential)
+    assert potential.kernel_backend == "reference"
 
 
 @pytest.mark.parametrize("kernel", ["", "attention_rates_back", "tokens_rates"])
