@@ -216,7 +216,8 @@ def find_potential(name_or_path: str | Path) -> Path:
 def load_potential(name_or_path: str | Path, device: str | torch.device = "auto", dtype: str = "float32") -> Potential:
     """A trained potential by name or path, ready to compute; ``.header`` is its header, ``.card`` its card or None.
 
-    The folder of an ensemble gives the mean of its members; its header is that of the first, with ``members``.
+    The folder of an ensemble gives the mean of its members; its header is that of the first, with ``members``
+    and the device-hours of all.
     """
     found = find_potential(name_or_path)
     if found.is_dir() and not (found / MODEL_FILE).is_file():
@@ -243,7 +244,13 @@ def _load_ensemble(folder: Path, device: str | torch.device, dtype: str) -> Pote
         raise InputError(f"{file} holds no list 'members' of names of folders beside it") from error
     loaded = [load_checkpoint(folder / name / MODEL_FILE, device, dtype) for name in names]
     ensemble = EnsemblePotential([potential for potential, _ in loaded]).eval()
-    ensemble.header = {**loaded[0][1], "name": content.get("name", folder.name), "members": names}  # type: ignore
+    ledger = loaded[0][1].get("ledger") or {}
+    ensemble.header = {  # type: ignore[assignment]
+        **loaded[0][1],
+        "name": content.get("name", folder.name),
+        "members": names,
+        "ledger": {**ledger, "device_hours": content.get("device_hours")},
+    }
     ensemble.card = _read_card(folder / "card.yaml")  # type: ignore[assignment]
     return ensemble
 

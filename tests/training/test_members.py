@@ -34,6 +34,7 @@ def test_an_ensemble_is_trained_loaded_and_measured(recipe, folder):
 
     potential = load_potential(folder / "run", dtype="float64")
     assert isinstance(potential, EnsemblePotential)
+    assert potential.header["ledger"]["device_hours"] == result.device_hours
     frames = read(folder / "test.xyz", ":")
     forces = []
     for source in (folder / "run", *(folder / "run" / name for name in result.members)):
