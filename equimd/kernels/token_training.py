@@ -44,8 +44,9 @@ class TrainedTransformer(FusedTransformer):
         return results, Record(self, run)
 
     def take_back(self, run: Run) -> None:
-        """Use the arrays of a run again."""
-        self._spare.append(run.workspace)
+        """Use the arrays of a run again, if those of another do not wait already for that: one step needs one."""
+        if not self._spare:
+            self._spare.append(run.workspace)
 
     def gradient(self, network: TokenNetwork, record: Record, factors: Tensor, directions: Tensor) -> TokenNetwork:
         """With respect to each weight of ``network``, in its place; factors (N,), directions (E, 3).
