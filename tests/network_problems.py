@@ -11,6 +11,7 @@ from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.transformer import TransformerPotential, TransformerSettings
 
 ISOLATED = {1: -13.0, 8: -400.0}
+THREE = {**ISOLATED, 6: -150.0}
 CUTOFF = 3.5
 
 
@@ -22,14 +23,14 @@ def make_potential(dtype=torch.float64, **settings):
     return potential.to(dtype).requires_grad_(False)
 
 
-def make_graph(n=12, length=6.0, pbc=True, seed=0, cutoff=CUTOFF):
+def make_graph(n=12, length=6.0, pbc=True, seed=0, cutoff=CUTOFF, third=1):
     rng = np.random.default_rng(seed)
     cell = length * np.array([[1.0, 0.1, 0.0], [-0.2, 0.9, 0.1], [0.0, 0.3, 1.1]])
     # On a jittered grid: no two atoms so close that the repulsion drowns everything else.
     side = int(np.ceil(n ** (1 / 3)))
     places = np.array(list(itertools.product(range(side), repeat=3)))[:n]
     positions = ((places + 0.25 * rng.random((n, 3))) / side) @ cell
-    numbers = np.where(np.arange(n) % 3 == 0, 8, 1)
+    numbers = np.array([8, 1, third])[np.arange(n) % 3]
     return graph_from_arrays(positions, numbers, cell, np.full(3, pbc), cutoff)
 
 
@@ -52,11 +53,12 @@ def largest_difference(fast, slow):
     )  # NaN if any is
 
 
-def make_transformer(dtype=torch.float64, **settings):
+def make_transformer(dtype=torch.float64, isolated=ISOLATED, **settings):
     torch.manual_seed(4)
     defaults = {"d_model": 32, "n_heads": 2, "d_feedforward": 48, "n_radial": 5, "cutoff": CUTOFF}
-    potential = TransformerPotential(TransformerSettings(**(defaults | settings)), (1, 8), ISOLATED)
-    potential.set_scale_shift({1: 1.5, 8: 0.7}, {1: 0.1, 8: -0.2})
+    species = tuple(sorted(isolated))
+    potential = TransformerPotential(TransformerSettings(**(defaults | settings)), species, isolated)
+    potential.set_scale_shift({1: 1.5, 6: 1.1, 8: 0.7}, {1: 0.1, 6: 0.3, 8: -0.2})
     for bias in (head.bias for head in potential.atom_heads):
         torch.nn.init.normal_(bias)
     return potential.to(dtype).requires_grad_(False)

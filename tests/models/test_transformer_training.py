@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from network_problems import CUTOFF, gradient_difference, gradients, loss, make_graph, make_transformer
+from network_problems import CUTOFF, THREE, gradient_difference, gradients, loss, make_graph, make_transformer
 
 from equimd import kernels
 from equimd.graph import batch_graphs
@@ -47,6 +47,11 @@ def test_gradient_is_that_of_autograd(settings):
     assert gradient_difference(gradients(potential, fast), gradients(potential, slow)) < EXACT
 
 
+def test_gradient_with_three_elements():
+    potential, graph = trainable(isolated=THREE), make_graph(third=6)
+    assert gradient_difference(*by_both(potential, graph)) < EXACT
+
+
 def test_gradient_in_float32():
     potential, graph = trainable(torch.float32), make_graph()
     exact = copy.deepcopy(potential).to(torch.float64)
@@ -84,7 +89,14 @@ def test_any_number_of_neighbours(n):
     assert gradient_difference(*by_both(trainable(), graph, stress=False)) < EXACT
 
 
-@pytest.mark.parametrize("name", ["norm_rates", "attention_rates", "attention_rates_back", "swiglu_rates_back"])
+KERNELS = (
+    ["tokens_rates", "norm_rates", "attention_rates", "swiglu_rates", "atom_swiglu_rates", "receive", "receive_back"]
+    + ["readout_rates", "readout_rates_last", "norm_rates_back", "attention_rates_back", "swiglu_rates_back"]
+    + ["atom_swiglu_rates_back", "species_back"]
+)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_that_is_left_out_is_noticed(name, monkeypatch):
     run = token_run.Run.kernel
 
@@ -92,8 +104,10 @@ def test_a_kernel_that_is_left_out_is_noticed(name, monkeypatch):
         if kernel != name:
             run(self, kernel, *args, **names)
 
-    potential, graph = trainable(), make_graph()
+    potential, graph = trainable(d_atom_feedforward=20), make_graph()
     potential.predict_trainable(graph)
+    rates = {kernel for kernel in potential._trainer._network._kernels if "rates" in kernel}
+    assert rates == {kernel for kernel in KERNELS if "rates" in kernel}
     record = potential._trainer.evaluate(graph)[1]
     for array in record.run.workspace.tensors.values():  # no memory of a run before
         array.fill_(1)
