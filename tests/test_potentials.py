@@ -42,16 +42,38 @@ def test_card_describes_the_weights_beside_it(folder):
     assert (folder / "start.xyz").exists()
 
 
+BEFORE = {"optimizer": {"muon_split": False}}
+"""What settings that came later stand for in weights from before them, where that is not their default."""
+
+
+def differences(header: dict, recipe) -> list[str]:
+    """Keys of the recipe that are not what the weights were trained with."""
+    written = recipe.model_dump(mode="json")
+    found = []
+    for key in ("seed", "steps", "model", "loss", "augmentation", "denoising", "optimizer", "schedule", "ema", "batch"):
+        trained, now = header["recipe"].get(key), written[key]
+        if isinstance(now, dict):
+            defaults = type(getattr(recipe, key))().model_dump(mode="json") if key not in ("model", "batch") else {}
+            trained = defaults | BEFORE.get(key, {}) | (trained or {})
+            if key == "model":  # the mean of the training set stands where the recipe has none
+                now = {name: trained[name] if value is None else value for name, value in now.items()}
+                trained = {name: trained.get(name, now[name]) for name in now}
+            elif key == "batch":
+                trained = {name: trained.get(name) for name in now}
+        if trained != now:
+            found.append(key)
+    return found
+
+
 def test_recipe_beside_the_weights_is_the_one_they_were_trained_with(folder):
     recipe = load_recipe(folder / "recipe.yaml")
     header = load_potential(folder.name).header
-    assert header["recipe"]["steps"] == recipe.steps == header["ledger"]["steps"]
-    trained = header["recipe"]["optimizer"]  # settings that came later stand for what was done before
-    assert trained == {
-        name: value for name, value in recipe.optimizer.model_dump(mode="json").items() if name in trained
-    }
-    assert header["recipe"]["seed"] == recipe.seed
+    assert differences(header, recipe) == []
+    assert header["recipe"]["steps"] == header["ledger"]["steps"]
     assert header["family"] == recipe.model.family
+    other = f"optimizer.muon_split={str(not recipe.optimizer.muon_split).lower()}"
+    for key, override in (("optimizer", other), ("loss", "loss.energy=7"), ("ema", "ema.decay=0.5")):
+        assert differences(header, load_recipe(folder / "recipe.yaml", [override])) == [key]
 
 
 def test_readme_shows_the_table_of_the_cards():
