@@ -79,7 +79,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("learning rate", "5e-3", ("optimizer.lr=5e-3",)),
         Variant("learning rate", "2e-2", ("optimizer.lr=2e-2",)),
         *_COMMON,
-        Variant("copies per step", "8 frames, each 2 times", ("augmentation={rotate: true, copies: 2}", "batch.n_frames=8")),
+        Variant(
+            "copies per step", "8 frames, each 2 times", ("augmentation={rotate: true, copies: 2}", "batch.n_frames=8")
+        ),
         Variant("channels and layers", "2 layers, 32", ("model.n_layers=2",)),
         Variant("channels and layers", "2 layers, 64", ("model.n_layers=2", "model.n_channels=64")),
         Variant("channels and layers", "4 layers, 16", ("model.n_layers=4", "model.n_channels=16")),
@@ -139,7 +141,11 @@ def work(family: str, overrides: Sequence[str], minutes: float, folder: Path) ->
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe(family, minutes)), encoding="utf-8")
     with tempfile.TemporaryDirectory() as once:
-        train(load_recipe(path, [*overrides, "steps=20", "max_minutes=null", "validation.symmetry_frames=0"]), Path(once) / "run", progress=False)
+        train(
+            load_recipe(path, [*overrides, "steps=20", "max_minutes=null", "validation.symmetry_frames=0"]),
+            Path(once) / "run",
+            progress=False,
+        )
     train(load_recipe(path, overrides), folder, progress=False)
 
 
@@ -169,7 +175,9 @@ def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str
         "symmetry": values["symmetry"],
         "device": values["device"],
     }
-    print(f"{family:12} {variant.factor:20} {variant.label:28} {1e3 * row['valid']['force_mae']:7.2f} meV/Å", flush=True)
+    print(
+        f"{family:12} {variant.factor:20} {variant.label:28} {1e3 * row['valid']['force_mae']:7.2f} meV/Å", flush=True
+    )
     return row
 
 

@@ -5,8 +5,9 @@ For a loss L(E, F, σ) of energies, forces and stress, with b = ∂L/∂F and B 
     dL/dθ = d/dθ [ Σ_i ∂L/∂E_i E_i + Σ_ij c_ij · ∂E/∂r_ij ],   c_ij = b_i − b_j + r_ij B,
 
 where the bracket's factors are constants, and its last sum is the rate of change of E along c. So predictions come
-from the network that is compiled for frozen weights, and their gradient from one evaluation with dual numbers, values
-and rates of change side by side. Each family has its ``Trainer``.
+from the network that is compiled for frozen weights, and their gradient from rates of change: the equivariant family's
+``Trainer`` evaluates anew with dual numbers and differentiates that once, the transformer's goes on from what the
+prediction left behind.
 """
 
 from abc import ABC, abstractmethod
