@@ -60,6 +60,7 @@ BASE: dict[str, dict[str, Any]] = {
 """What every variant changes one thing of; the rest is in ``recipe``."""
 
 _SEEDS = tuple(Variant("base", f"seed {seed}", (f"seed={seed}",)) for seed in (1, 2, 3))
+_MAE = ("loss.kind=mae", "loss.energy=1")
 _COMMON = (
     Variant("optimiser", "Muon, matrices whole", ("optimizer.muon_split=false",)),
     Variant("batch", "5 frames", ("batch.n_frames=5",)),
@@ -68,7 +69,7 @@ _COMMON = (
     Variant("schedule", "wsd", ("schedule.kind=wsd",)),
     Variant("average of weights", "none", ("ema.decay=0",)),
     Variant("average of weights", "over a tenth of the steps", ("ema.fraction=0.1",)),
-    Variant("loss", "absolute errors", ("loss.kind=mae", "loss.energy=1")),
+    Variant("loss", "absolute errors", _MAE),
     Variant("loss", "forces first", ("loss.energy=0", "loss.stages=[{start: 0.5, energy: 10}]")),
     Variant("DeNS", "a quarter of the batches", ("denoising.probability=0.25",)),
 )
@@ -100,6 +101,8 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("channels and layers", "2 × 2 layers, 48", ("model.d_model=48", "model.d_feedforward=96")),
         Variant("channels and layers", "2 × 2 layers, 96", ("model.d_model=96", "model.d_feedforward=192")),
         Variant("channels and layers", "2 × 1 layers, 64", ("model.n_attention_layers=1",)),
+        Variant("together", "absolute errors, 8 frames, 4e-3", (*_MAE, "batch.n_frames=8", "optimizer.lr=4e-3")),
+        Variant("together", "absolute errors, 8 frames, 8e-3", (*_MAE, "batch.n_frames=8", "optimizer.lr=8e-3")),
         Variant("channels and layers", "3 × 1 layers, 64", ("model.n_gnn_layers=3", "model.n_attention_layers=1")),
     ),
 }

@@ -3,11 +3,13 @@
     python benchmarks/shipped.py [--work FOLDER] [--only PART]
 
 Parts: relabel, nve, langevin, symmetry, water, engines, stress, bfloat16. Dynamics is checkpointed in FOLDER and
-resumed, so the command may be interrupted. Writes benchmarks/results/shipped.json, part by part. About 30 minutes on
-one core.
+resumed, so the command may be interrupted; it belongs to the weights it began with, so give FOLDER anew when they
+change. Writes benchmarks/results/shipped.json, part by part, with the hashes of all potentials. About 30 minutes on one
+core.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +255,12 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+def weights() -> dict[str, str]:
+    """The sha256 of every shipped potential's weights."""
+    files = {name: find_potential(name) / "model.safetensors" for name in list_potentials()}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
 def main() -> None:
     """Measure the parts asked for and write what is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,8 +270,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"schema_version": 1}
     for name in options.only or PARTS:
-        results[name] = PARTS[name](options.work) | {"provenance": provenance().model_dump()}
-        print(name, json.dumps({k: v for k, v in results[name].items() if k != "provenance"}, indent=1))
+        results[name] = PARTS[name](options.work) | {"weights": weights(), "provenance": provenance().model_dump()}
+        shown = {k: v for k, v in results[name].items() if k not in ("weights", "provenance")}
+        print(name, json.dumps(shown, indent=1))
         write_text_atomically(RESULTS, json.dumps(results, indent=2) + "\n")
 
 

@@ -125,26 +125,31 @@ def write_table() -> None:
 
 
 def table(cards: list[dict[str, Any]]) -> str:
-    """The cards as a Markdown table."""
+    """The cards as a Markdown table; letters say on which machine a row was timed and trained."""
+    machines = sorted({name for card in cards for name in (card["machine"], card["training"]["device"])})
+    letters = dict(zip(machines, "abcdefgh", strict=False))
     rows = [
         "| potential | reference | force MAE, test / hot (meV/Å) | energy MAE (meV/atom) | symmetry error (meV/Å) "
-        "| % of loss | ms per MD step (atoms) | training (device-hours) |",
+        "| % of loss | ms per MD step (atoms) | training: device-hours, frames/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for card in cards:
         test, hot, symmetry, speed = card["test"], card["hot"], card["equivariance"], card["speed"]
-        share = symmetry["percent_of_loss"]
+        share, training = symmetry["percent_of_loss"], card["training"]
+        frames_per_s = training["frames_seen"] / (3600 * training["device_hours"])
         rows.append(
             f"| `{card['name']}` | {card['reference'].upper().replace('XTB', 'xTB')} "
             f"| {1e3 * test['force_mae']:.1f} / {1e3 * hot['force_mae']:.1f} | {1e3 * test['energy_per_atom_mae']:.2f} "
             f"| {'exact' if symmetry['at_floor'] else format(1e3 * symmetry['force_rmse'], '.2f')} "
             f"| {'0' if symmetry['at_floor'] or share is None else format(share, '.2g')} "
-            f"| {speed['ms_per_step']:.1f}{'*' * speed['unstable']} ({speed['n_atoms']}) "
-            f"| {card['training']['device_hours']:.2f} |"
+            f"| {speed['ms_per_step']:.1f}{'*' * speed['unstable']} ({speed['n_atoms']}) {letters[card['machine']]} "
+            f"| {training['device_hours']:.2f}, {frames_per_s:.0f} {letters[training['device']]} |"
         )
-    machines = sorted({f"{card['machine']}, {card['date']}" for card in cards})
+    dates = {name: sorted({card["date"] for card in cards if card["machine"] == name}) for name in machines}
+    where = "; ".join(" ".join([f"{letters[name]}: {name},", *dates[name]]) for name in machines)
     note = " * The machine was busy while this was timed." if any(card["speed"]["unstable"] for card in cards) else ""
-    return "\n".join(rows) + f"\n\nMeasured on: {'; '.join(machines)}.{note}"
+    threads = "Training took one thread, MD two; frames/s count validations in."
+    return "\n".join(rows) + f"\n\n{where}. {threads}{note}"
 
 
 if __name__ == "__main__":
