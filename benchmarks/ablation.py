@@ -101,7 +101,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("channels and layers", "2 × 2 layers, 48", ("model.d_model=48", "model.d_feedforward=96")),
         Variant("channels and layers", "2 × 2 layers, 96", ("model.d_model=96", "model.d_feedforward=192")),
         Variant("channels and layers", "2 × 1 layers, 64", ("model.n_attention_layers=1",)),
-        Variant("together", "absolute errors, 8 frames, 4e-3", (*_MAE, "batch.n_frames=8", "optimizer.lr=4e-3")),
+        Variant("together", "absolute errors, 8 frames, 1.6e-2", (*_MAE, "batch.n_frames=8", "optimizer.lr=1.6e-2")),
         Variant("together", "absolute errors, 8 frames, 8e-3", (*_MAE, "batch.n_frames=8", "optimizer.lr=8e-3")),
         Variant("channels and layers", "3 × 1 layers, 64", ("model.n_gnn_layers=3", "model.n_attention_layers=1")),
     ),
