@@ -87,6 +87,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_learn(self) -> "Recipe":
+        start = self.loss.start_without_weights
+        if start is not None and self.denoising is None:
+            raise ValueError(
+                f"loss: energy, forces and stress all weigh 0 from {start:g} of the training on, so that nothing is"
+                " learned; one weight above 0 is accepted"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auxiliary(self) -> "Recipe":
         for name in ("denoising", "pretraining"):
             if getattr(self, name) is not None and (problem := lacking(self.model, told=name == "denoising")):

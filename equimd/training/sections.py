@@ -105,6 +105,19 @@ class LossSection(LossWeights):
         weights = self.last.model_dump(exclude={"fraction"})
         return [*self.stages, LossStage(start=1.0 - self.last.fraction, **weights)]
 
+    @property
+    def start_without_weights(self) -> float | None:
+        """Fraction of the training from which on all weights are zero, until the next stage; None without any."""
+        weights = {term: getattr(self, term) for term in ("energy", "forces", "stress")}
+        start = 0.0
+        for stage in self.all_stages:
+            if stage.start > start and not any(weights.values()):
+                return start
+            given = {term: getattr(stage, term) for term in weights}
+            weights |= {term: weight for term, weight in given.items() if weight is not None}
+            start = stage.start
+        return None if any(weights.values()) else start
+
     def largest(self, term: str) -> float:
         """The largest weight that a term ever has."""
         return max([getattr(self, term), *(getattr(stage, term) or 0.0 for stage in self.all_stages)])

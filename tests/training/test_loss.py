@@ -311,3 +311,33 @@ def test_a_metric_without_labels_is_refused(folder, values):
         train(make_recipe(values, folder), folder / "run", progress=False)
     values["validation"] |= {"metric": "energy_mae"}
     assert train(make_recipe(values, folder), folder / "run", progress=False).valid.force_mae is None
+
+
+def test_a_batch_without_a_label_that_counts_changes_nothing(folder, values):
+    frames = read(folder / "train.xyz", ":")
+    for atoms in frames[1:]:
+        atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy())
+    write(folder / "train.xyz", frames, format="extxyz")
+    values |= {"loss": {"energy": 0.0}, "batch": {"n_frames": 1}, "steps": 24, "augmentation": {"rotate": False}}
+    values["validation"]["symmetry_frames"] = 0
+    for name in ("adamw", "muon"):
+        recipe = make_recipe({**values, "optimizer": {"name": name}}, folder)
+        assert train(recipe, folder / name, progress=False).steps == 24  # a label in one of them
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [
+        ({"energy": 0, "forces": 0}, "0"),
+        ({"energy": 0, "stages": [{"start": 0.5, "forces": 0}]}, "0.5"),
+        ({"energy": 0, "forces": 0, "stages": [{"start": 0.25, "energy": 1}]}, "0"),
+        ({"last": {"fraction": 0.25, "energy": 0, "forces": 0}}, "0.75"),
+    ],
+)
+def test_a_loss_that_teaches_nothing_is_refused(values, loss, start):
+    with pytest.raises(InputError, match=f"loss: energy, forces and stress all weigh 0 from {start} of the") as caught:
+        make_recipe({**values, "loss": loss})
+    assert "\n" not in str(caught.value)
+    make_recipe({**values, "loss": loss, "denoising": {}})  # there is noise to find
+    at_once = {"energy": 0, "forces": 0, "stages": [{"start": 0, "energy": 1}]}
+    assert make_recipe({**values, "loss": at_once}).loss.start_without_weights is None
