@@ -35,7 +35,8 @@ class DataSection(Section):
     isolated_atom_energies: dict[str, float] | str | None = Field(
         default=None,
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name; None takes"
-        " those of isolated atoms among the training frames (config_type=IsolatedAtom), and fits the others",
+        " those of isolated atoms among the training frames (config_type=IsolatedAtom), then those of the checkpoint of"
+        " init_from, and fits the others",
     )
     units: dict[str, str] | None = Field(
         default=None, description="energy, length, stress units of the files; numbers that look wrong are then accepted"
