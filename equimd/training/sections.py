@@ -63,10 +63,13 @@ class LossWeights(Section):
     stress: float = Field(default=0.0, ge=0)
 
 
-class LastWeights(LossWeights):
-    """Weights for the last part of a training."""
+class LastWeights(Section):
+    """Weights for the last part of a training; one that is not given stays what it was."""
 
     fraction: float = Field(default=0.2, gt=0, lt=1, description="the part of the training that is the last one")
+    energy: float | None = Field(default=None, ge=0)
+    forces: float | None = Field(default=None, ge=0)
+    stress: float | None = Field(default=None, ge=0)
 
 
 class LossStage(Section):

@@ -22,7 +22,7 @@ from equimd.training.data import build_frame_set
 from equimd.training.distributed import World
 from equimd.training.loss import active_weights, label_counts, loss_terms
 from equimd.training.recipe import make_recipe
-from equimd.training.sections import LastWeights, LossSection
+from equimd.training.sections import LastWeights, LossSection, LossWeights
 from equimd.training.validation import evaluate
 
 
@@ -107,9 +107,11 @@ def test_missing_labels_give_no_gradient():
 
 
 def test_weights_switch_in_the_last_part():
-    section = LossSection(energy=1.0, last=LastWeights(energy=50.0, fraction=0.25))
-    assert active_weights(section, 0.74).energy == 1.0
-    assert active_weights(section, 0.75).energy == 50.0
+    section = LossSection(energy=1.0, forces=7.0, stress=3.0, last=LastWeights(energy=50.0, fraction=0.25))
+    assert active_weights(section, 0.74) == LossWeights(energy=1.0, forces=7.0, stress=3.0)
+    assert active_weights(section, 0.75) == LossWeights(energy=50.0, forces=7.0, stress=3.0)
+    staged = LossSection(stages=[{"start": 0.5, "forces": 9.0}], last={"fraction": 0.25, "stress": 0.0, "energy": 2.0})
+    assert active_weights(staged, 0.75) == LossWeights(energy=2.0, forces=9.0, stress=0.0)
 
 
 def test_stages_jump_or_ramp_and_keep_what_they_do_not_name():
