@@ -5,6 +5,7 @@ Paths are relative to the recipe's file. The resolved recipe travels with the we
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -135,6 +136,11 @@ class Recipe(Section):
                 raise InputError(
                     f"data.isolated_atom_energies: {path} holds no table 'isolated_atom_energies' of eV by symbol"
                 ) from error
+        endless = [symbol for symbol, energy in table.items() if not math.isfinite(energy)]
+        if endless:
+            raise InputError(
+                f"data.isolated_atom_energies of {endless[0]} is {table[endless[0]]}; accepted are finite numbers of eV"
+            )
         unknown = [symbol for symbol in table if symbol not in atomic_numbers]
         if unknown:
             raise InputError(f"data.isolated_atom_energies names {unknown[0]!r}, which is no chemical symbol")
