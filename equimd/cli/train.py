@@ -38,8 +38,11 @@ def train(
     with join() as world:
         with world.together():
             check_json(json)
+            from equimd.errors import InputError
             from equimd.training import load_recipe
 
+            if bagging and members is None:
+                raise InputError("--bagging is for the members of an ensemble; give --members M too")
             loaded = load_recipe(recipe, overrides or ())
             folder = output or Path("runs") / loaded.name
         if members is not None:

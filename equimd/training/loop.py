@@ -94,6 +94,8 @@ class _Training:
         self.reporter.say(describe(recipe, self.setup, self.world, p.step))
         try:
             p.precision_start = p.precision_start or self.precision_error()
+            if p.step == 0:
+                self.files.save()  # there is no moment at which what lies in the folder cannot be continued
             while p.stopped is None:
                 epoch = self.batches.epoch(p.epoch)
                 while p.batch < len(epoch.batches) and self.why_stop(epoch) is None:

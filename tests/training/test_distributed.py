@@ -157,6 +157,12 @@ def test_what_fails_on_one_process_ends_both_with_one_message(pair):
     assert not (folder / "zz_bad").exists()
 
 
+def steps_of(run: Path) -> int:
+    """Those of the state; -1 without one."""
+    state = run / "state.safetensors"
+    return read_tensors(state, FORMAT)[0]["progress"]["step"] if state.exists() else -1
+
+
 def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path, monkeypatch):
     """Started as srun does, by variables of SLURM, without an agent that would kill the other."""
     folder, _ = pair
@@ -168,7 +174,7 @@ def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path,
     command = ["-m", "equimd", "train", str(recipe), "-o", str(tmp_path / "run")]
     both = [start(command, shared | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)}) for k in range(2)]
     deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "run" / "state.safetensors").exists() and time.monotonic() < deadline:
+    while steps_of(tmp_path / "run") < 20 and time.monotonic() < deadline:
         assert both[0].poll() is None
         time.sleep(0.05)
     both[1].send_signal(signal.SIGKILL)
@@ -179,7 +185,7 @@ def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path,
         "equimd: error: another process of this training is gone; continue with --resume, on as many processes as you"
         " like"
     )
-    stepped = read_tensors(tmp_path / "run" / "state.safetensors", FORMAT)[0]["progress"]["step"]
+    stepped = steps_of(tmp_path / "run")
     steps = []
 
     def step(self, epoch):

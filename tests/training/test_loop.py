@@ -195,6 +195,36 @@ def test_resume_refuses_another_recipe_and_other_data(folder, values):
         train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
 
 
+@pytest.mark.parametrize("last", ["open", "write_row"])
+def test_a_kill_before_the_first_state_is_due(folder, values, monkeypatch, last):
+    from equimd.training.files import RunFolder
+
+    values["checkpoint"] = {"minutes": None}
+    recipe, original = make_recipe(values, folder), getattr(RunFolder, last)
+    train(recipe, folder / "whole", progress=False)
+
+    def dies(self, *arguments):
+        original(self, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, last, dies)
+        with pytest.raises(Killed):
+            train(recipe, folder / "killed", progress=False)
+    train(recipe, folder / "killed", resume=True, progress=False)
+    assert_same_run(folder / "killed", folder / "whole")
+
+
+def test_resume_refuses_results_without_a_state(folder, values):
+    recipe = make_recipe({**values, "steps": 4}, folder)
+    train(recipe, folder / "run", progress=False)
+    before = (folder / "run" / "model.safetensors").read_bytes()
+    (folder / "run" / "state.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it holds model.safetensors but no state.safetensors to continue from; give"):
+        train(recipe, folder / "run", resume=True, progress=False)
+    assert (folder / "run" / "model.safetensors").read_bytes() == before
+
+
 def test_divergence_is_said(folder, values, monkeypatch):
     from equimd.training import loop
 
