@@ -17,7 +17,7 @@ from equimd.training.files import RunFolder, check_folder
 from equimd.training.memory import OutOfMemoryError, advising
 from equimd.training.objective import Objective, Tasks
 from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
-from equimd.training.plan import fraction_done, is_stale, state_is_due, why_stop
+from equimd.training.plan import fraction_done, goes_on, is_stale, state_is_due, why_stop
 from equimd.training.precision import PrecisionError, PrecisionReport, matmul_precision, precision_error
 from equimd.training.recipe import Recipe, load_recipe
 from equimd.training.reporting import Reporter, describe, metrics_row
@@ -88,8 +88,8 @@ class _Training:
     def run(self) -> TrainingResult:
         """Epochs until the recipe's end, then the test; what can be continued leaves its state behind."""
         p, recipe = self.progress, self.recipe
-        if p.stopped == "finished" and (p.step < (recipe.steps or 0) or p.epoch < (recipe.epochs or 0)):
-            p.stopped = None  # the recipe has become longer
+        if goes_on(recipe, p, self.ledger.hours):
+            p.stopped = None
         self.files.open(recipe.logging)
         self.reporter.say(describe(recipe, self.setup, self.world, p.step))
         try:

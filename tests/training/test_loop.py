@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from training_samples import TINY
 from equimd.errors import InputError
 from equimd.models.checkpoint import load_checkpoint
 from equimd.training import TrainingDivergedError, train
+from equimd.training.plan import goes_on
 from equimd.training.recipe import make_recipe
 from equimd.training.reporting import COLUMNS, MetricsFile
+from equimd.training.state import Progress
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -151,6 +154,20 @@ def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
     again = train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "run", resume=True, progress=False)
     assert again.device_hours > first.device_hours
     assert again.sessions == 2
+    assert again.stopped == "budget"
+    assert again.steps == first.steps
+    more = train(make_recipe({**values, "max_minutes": 60.0}, folder), folder / "run", resume=True, progress=False)
+    assert (more.steps, more.stopped) == (10, "finished")
+
+
+def test_a_budget_may_be_taken_back():
+    recipe = SimpleNamespace(steps=10, epochs=None, max_minutes=6.0)
+    spent = Progress(step=4, stopped="budget")
+    assert not goes_on(recipe, spent, 0.1)
+    assert goes_on(recipe, spent, 0.09)
+    assert goes_on(SimpleNamespace(steps=10, epochs=None, max_minutes=None), spent, 0.1)
+    assert not goes_on(recipe, Progress(step=4, stopped="early stopping"), 0.0)
+    assert not goes_on(recipe, Progress(step=10, stopped="finished"), 0.0)
 
 
 def test_early_stopping(folder, values):

@@ -133,6 +133,28 @@ def test_a_training_without_decay_may_be_extended(folder, values):
         train(make_recipe({**values, "steps": 12}, folder), folder / "linear", resume=True, progress=False)
 
 
+def test_a_training_that_is_longer_than_it_should_be_ends(folder, values, monkeypatch):
+    from test_loop import Killed
+
+    from equimd.training import loop
+
+    values |= {"schedule": {"kind": "constant", "warmup_steps": 2}, "steps": None}
+    values["checkpoint"] = {"steps": 1, "minutes": None}
+    original = loop._Training.step
+
+    def dies(self, *arguments):
+        if self.progress.step == 14:  # in the fourth of epochs of 4 steps
+            raise Killed
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe({**values, "epochs": 5}, folder), folder / "run", progress=False)
+    result = train(make_recipe({**values, "epochs": 2}, folder), folder / "run", resume=True, progress=False)
+    assert (result.steps, result.stopped) == (14, "finished")
+
+
 def test_the_end_of_an_extended_training_by_epochs(folder, values):
     values["schedule"] = {"kind": "wsd", "warmup_steps": 2}
     for epochs in (2, 3):
