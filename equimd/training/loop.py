@@ -24,6 +24,7 @@ from equimd.training.reporting import Reporter, describe, metrics_row
 from equimd.training.result import SymmetrySummary, TrainingResult
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
+from equimd.training.sharding import passes
 from equimd.training.validation import evaluate, validate_symmetry
 
 _PRECISION_FRAMES = 16
@@ -146,7 +147,7 @@ class _Training:
 
     def add_gradient(self, part: Tasks, fraction: float, shares: Tensor) -> Tensor:
         """Add the gradient of a part's share of the loss; returns its shares of the loss and its terms (5,)."""
-        with advising("batch.max_edges_per_pass", part.usual, f"at step {self.progress.step}"):
+        with advising("batch.max_edges_per_pass", f"at step {self.progress.step}", *part.graphs):
             loss = self.objective.loss(part, fraction, shares)
             if loss.total.requires_grad:  # not where there are no labels
                 loss.total.backward()
@@ -218,8 +219,9 @@ class _Training:
         if self.recipe.precision == "float32":
             return None
         valid = self.setup.valid
-        with self.world.together():
-            graph = valid.batch(torch.arange(min(len(valid), _PRECISION_FRAMES), device=self.setup.device))
+        first = passes(valid.n_edges[:_PRECISION_FRAMES].cpu().numpy(), self.recipe.validation.max_edges)[0]
+        graph = valid.batch(torch.from_numpy(first).to(self.setup.device))
+        with self.world.together(), advising("validation.max_edges", "in the check of the precision", graph):
             error = precision_error(self.setup.potential, graph, self.recipe.precision)
         self.reporter.say(
             f"{self.recipe.precision} products change forces by {error.forces:.2g} and their gradient by"

@@ -16,8 +16,8 @@ class OutOfMemoryError(FailedError):
 
 
 @contextmanager
-def advising(setting: str, graph: AtomGraph, where: str) -> Iterator[None]:
-    """Say what to do where ``graph`` is too much for this machine; ``setting`` limits the edges of one such graph."""
+def advising(setting: str, where: str, *graphs: AtomGraph) -> Iterator[None]:
+    """Say what to do where ``graphs`` are too much for this machine; ``setting`` limits their edges, all together."""
     try:
         yield
         return
@@ -26,11 +26,12 @@ def advising(setting: str, graph: AtomGraph, where: str) -> Iterator[None]:
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    size = f"{graph.n_systems} frames with {graph.n_atoms:,} atoms and {graph.n_edges:,} edges"
-    if graph.n_systems == 1:
+    n_frames, n_edges = sum(graph.n_systems for graph in graphs), sum(graph.n_edges for graph in graphs)
+    size = f"{n_frames} frames with {sum(graph.n_atoms for graph in graphs):,} atoms and {n_edges:,} edges"
+    if n_frames == 1:
         advice = "a single frame cannot be divided: choose a smaller network or cutoff, or more memory"
     else:
-        half = max(graph.n_edges // 2, 1)
+        half = max(n_edges // 2, 1)
         advice = f"set {setting} to {half} or less (--set {setting}={half}), the same results in smaller pieces,"
         advice += " and continue with --resume"
     raise OutOfMemoryError(f"out of memory {where}, for {size}; {advice}")

@@ -36,6 +36,11 @@ class Tasks(NamedTuple):
     usual: AtomGraph
     corrupted: Corrupted | None
 
+    @property
+    def graphs(self) -> list[AtomGraph]:
+        """What is in memory at once."""
+        return [self.usual] if self.corrupted is None else [self.usual, self.corrupted.graph]
+
 
 class Objective:
     """The loss of a batch; ``auxiliary`` holds the heads that only training has, None where the recipe needs none."""

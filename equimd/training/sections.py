@@ -241,7 +241,9 @@ class ValidationSection(Section):
         default=None, ge=1, description="a quadrature of this degree instead of random rotations"
     )
     inversion: bool = True
-    max_edges: int = Field(default=12_000, ge=1, description="edges in memory at once")
+    max_edges: int = Field(
+        default=12_000, ge=1, description="edges in memory at once, of the record of the symmetry too"
+    )
 
 
 class EarlyStoppingSection(Section):

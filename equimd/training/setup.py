@@ -79,8 +79,8 @@ def _identity(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     if recipe.schedule.kind in EXTENDABLE and recipe.pretraining is None:  # which ends at a part of the length
         free += ("epochs", "steps")
     kept = {key: value for key, value in resolved.items() if key not in free}
-    for section, key in (("batch", "max_edges_per_pass"), ("validation", "max_edges")):
-        kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    for section, names in (("batch", ("max_edges_per_pass",)), ("validation", ("max_edges", "symmetry_frames"))):
+        kept[section] = {name: value for name, value in kept[section].items() if name not in names}
     return kept
 
 

@@ -20,7 +20,9 @@ from equimd.models.potential import Potential
 from equimd.training import loop, train
 from equimd.training.distributed import StoppedError
 from equimd.training.memory import OutOfMemoryError, advising
+from equimd.training.objective import Objective
 from equimd.training.recipe import make_recipe
+from equimd.training.validation import Errors
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +108,7 @@ def test_out_of_memory_in_a_validation_keeps_the_run(folder, values, monkeypatch
             raise MemoryError
         return original(self, graph, **options)
 
-    values["validation"]["symmetry_frames"] = 3
+    values["validation"]["symmetry_frames"] = 6
     monkeypatch.setattr(Potential, "forward", forward)
     with pytest.raises(OutOfMemoryError, match=r"in a validation, for 6 frames .*--set validation.max_edges=(\d+)\)"):
         train(make_recipe(values, folder), folder / "run", progress=False)
@@ -118,10 +120,56 @@ def test_out_of_memory_in_a_validation_keeps_the_run(folder, values, monkeypatch
 def test_advice_for_what_cannot_be_divided():
     graph = AtomGraph(positions=torch.zeros(3, 3), edge_index=torch.zeros(2, 6))
     graph.n_systems = 1
-    with pytest.raises(OutOfMemoryError, match="a single frame cannot be divided"), advising("x", graph, "here"):
+    with pytest.raises(OutOfMemoryError, match="a single frame cannot be divided"), advising("x", "here", graph):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    with pytest.raises(RuntimeError, match="another fault"), advising("x", graph, "here"):
+    with pytest.raises(RuntimeError, match="another fault"), advising("x", "here", graph):
         raise RuntimeError("another fault")
+
+
+def test_advice_counts_what_is_denoised(folder, values, monkeypatch):
+    def predict(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Objective, "_denoise", predict)
+    values |= {"denoising": {"probability": 0.98}, "steps": 40}  # whole batches
+    with pytest.raises(OutOfMemoryError, match=r"for 6 frames with .*--set batch.max_edges_per_pass=(\d+)\)") as caught:
+        train(make_recipe(values, folder), folder / "run", progress=False)
+    assert int(str(caught.value).partition("max_edges_per_pass=")[2].partition(")")[0]) > 10
+
+
+@pytest.mark.parametrize("part", ["symmetry", "precision"])
+def test_out_of_memory_beside_the_errors_keeps_the_run(folder, values, monkeypatch, part):
+    values["validation"]["symmetry_frames"] = 6
+    place, name, where = {
+        "symmetry": (Potential, "forward", "in a validation's record of the symmetry"),
+        "precision": (Potential, "predict_trainable", "in the check of the precision"),
+    }[part]
+    if part == "precision":
+        values |= {"dtype": "float32", "precision": "bf16"}
+    else:
+        monkeypatch.setattr(loop, "evaluate", lambda *_: Errors(n_frames=6, force_mae=1.0))
+    recipe, original = make_recipe(values, folder), getattr(place, name)
+    train(recipe, folder / "whole", progress=False)
+    steps = []
+
+    def limited(self, graph, **options):
+        if graph.n_edges > 60 and not (steps if part == "precision" else options.get("create_graph")):
+            raise MemoryError
+        return original(self, graph, **options)
+
+    def step(self, epoch):
+        steps.append(epoch)
+        one_step(self, epoch)
+
+    one_step = loop._Training.step
+    monkeypatch.setattr(loop._Training, "step", step)
+    monkeypatch.setattr(place, name, limited)
+    with pytest.raises(OutOfMemoryError, match=rf"{where}, for .*--set validation.max_edges=(\d+)\)"):
+        train(recipe, folder / "run", progress=False)
+    assert (folder / "run" / "state.safetensors").exists()
+    values["validation"] |= {"max_edges": 60, "symmetry_frames": 5}
+    train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+    assert difference(folder / "whole", folder / "run") == 0.0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
