@@ -133,6 +133,47 @@ def test_a_training_without_decay_may_be_extended(folder, values):
         train(make_recipe({**values, "steps": 12}, folder), folder / "linear", resume=True, progress=False)
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"loss": {"stages": [{"start": 0.5, "energy": 3.0}]}},
+        {"loss": {"last": {"energy": 3.0}}},
+        {"denoising": {"final": 0.5}},
+        {"pretraining": {}},
+    ],
+)
+def test_what_depends_on_the_length_may_not_be_extended(folder, values, section):
+    values |= {"schedule": {"kind": "constant"}, "validation": {"symmetry_frames": 0}, **section}
+    train(make_recipe({**values, "steps": 2}, folder), folder / "run", progress=False)
+    with pytest.raises(InputError, match=r"recipe.steps was 2 and is now 4"):
+        train(make_recipe({**values, "steps": 4}, folder), folder / "run", resume=True, progress=False)
+
+
+def test_even_denoising_may_be_extended(folder, values):
+    values |= {"schedule": {"kind": "constant"}, "denoising": {"final": 1.0}}
+    for steps in (2, 4):
+        recipe = make_recipe({**values, "steps": steps}, folder)
+        assert train(recipe, folder / "run", resume=steps > 2, progress=False).steps == steps
+
+
+def test_fitted_energies_may_differ_in_the_last_digits_at_a_resume(folder, values, monkeypatch):
+    from equimd.training import dataset
+
+    values |= {"steps": 2, "data": {**values["data"], "isolated_atom_energies": None}}
+    recipe, original = make_recipe(values, folder), dataset.isolated_atom_energies
+    train(recipe, folder / "run", progress=False)
+
+    def elsewhere(*arguments):
+        found = original(*arguments)
+        return found.model_copy(update={"energies": {z: e * (1 + 1e-15) for z, e in found.energies.items()}})
+
+    monkeypatch.setattr(dataset, "isolated_atom_energies", elsewhere)
+    assert train(recipe, folder / "run", resume=True, progress=False).steps == 2
+    values["data"]["isolated_atom_energies"] = {"H": -10.0, "C": -48.0, "O": -102.0}
+    with pytest.raises(InputError, match=r"recipe.data.isolated_atom_energies was None and is now"):
+        train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+
+
 def test_a_training_that_is_longer_than_it_should_be_ends(folder, values, monkeypatch):
     from test_loop import Killed
 
