@@ -170,7 +170,7 @@ def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path,
     (folder.parent / "killed").mkdir()
     recipe = folder.parent / "killed" / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
-    shared = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77", "MASTER_PORT": str(free_port())}
+    shared = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77", "MASTER_PORT": str(free_port())}
     command = ["-m", "equimd", "train", str(recipe), "-o", str(tmp_path / "run")]
     both = [start(command, shared | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)}) for k in range(2)]
     deadline = time.monotonic() + SECONDS
@@ -202,7 +202,8 @@ def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path,
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4000017"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4000017"}
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "4000017"}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
         (SLURM | {"SLURM_NODELIST": "a", "SLURM_NNODES": "1"}, (5, 8, 1, "127.0.0.1")),
         (SLURM | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3"}, (5, 8, 1, "10.0.0.3")),
         (SLURM | {"SLURM_NODELIST": "a", "MASTER_ADDR": "c"}, (5, 8, 1, "c")),
+        (BATCH_SCRIPT | {"SLURM_NODELIST": "gpu[003-006]"}, (0, 1, 0, "127.0.0.1")),
         # A shell of an allocation for eight tasks is no task of them.
         (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 1, "127.0.0.1")),
     ],
@@ -226,8 +228,13 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
 def test_the_environment_says_who_we_are(variables, expected):
     place = find_place(variables)
     assert (place.rank, place.size, place.local_rank, place.host) == expected
-    if "SLURM_JOB_ID" in variables and "RANK" not in variables:
+    if "SLURM_STEP_NUM_TASKS" in variables and "RANK" not in variables:
         assert place.port == 20_017
+
+
+def test_steps_of_a_job_have_ports_of_their_own():
+    assert find_place(SLURM | {"SLURM_STEP_ID": "0"}).port == 20_017
+    assert find_place(SLURM | {"SLURM_STEP_ID": "3"}).port == 23_044
 
 
 @pytest.mark.parametrize(
@@ -235,7 +242,7 @@ def test_the_environment_says_who_we_are(variables, expected):
     [
         (TORCHRUN | {"RANK": "x"}, "the environment variable RANK is 'x'; accepted is an integer"),
         (TORCHRUN | {"RANK": "8"}, "RANK is 8 of WORLD_SIZE 8; accepted is 0 to 7"),
-        (SLURM | {"SLURM_NTASKS": "5"}, "SLURM_PROCID is 5 of SLURM_NTASKS 5"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "5"}, "SLURM_PROCID is 5 of SLURM_STEP_NUM_TASKS 5"),
     ],
 )
 def test_an_environment_that_makes_no_sense(variables, said):
