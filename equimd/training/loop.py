@@ -14,6 +14,7 @@ from equimd.results import provenance
 from equimd.training.batches import Batches, Epoch
 from equimd.training.distributed import PeerLostError, ReportedElsewhere, StoppedError, World, join
 from equimd.training.files import RunFolder, check_folder
+from equimd.training.loggers import check_packages
 from equimd.training.memory import OutOfMemoryError, advising
 from equimd.training.objective import Objective, Tasks
 from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
@@ -64,6 +65,7 @@ def train(
             device = world.use_device(recipe.device)
             if world.is_first:
                 check_folder(folder, resume)
+                check_packages(recipe.logging)
         stack.enter_context(threads(recipe.n_threads))
         setup = world.first_then_others(
             lambda: prepare(recipe, device, progress and world.is_first)
