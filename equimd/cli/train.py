@@ -34,7 +34,9 @@ def train(
     On several processes: torchrun --nproc-per-node=N -m equimd train RECIPE.yaml -o RUN, or the same under srun.
     """
     from equimd.training.distributed import join
+    from equimd.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     with join() as world:
         with world.together():
             check_json(json)

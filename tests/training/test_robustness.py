@@ -3,7 +3,10 @@
 import errno
 import gc
 import os
+import platform
 import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from equimd.graph import AtomGraph
 from equimd.models.potential import Potential
 from equimd.training import loop, train
 from equimd.training.distributed import StoppedError
-from equimd.training.memory import OutOfMemoryError, advising
+from equimd.training.memory import OutOfMemoryError, advising, keep_freed_memory
 from equimd.training.objective import Objective
 from equimd.training.recipe import make_recipe
 from equimd.training.validation import Errors
@@ -220,6 +223,18 @@ def test_a_full_disk_loses_nothing_whichever_file_finds_it_full(folder, values, 
         train(recipe, run, resume=True, progress=False)
         assert difference(folder / "whole", run) == 0.0
         assert len((run / "metrics.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_where_glibc_can():
+    # In a process of its own, as the setting stays.
+    code = "import sys; from equimd.training.memory import keep_freed_memory; sys.exit(keep_freed_memory() is not True)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_set_without_glibc(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
 
 
 def growth(folder: Path, recipe, monkeypatch, leak: list | None = None) -> int:
