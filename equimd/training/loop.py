@@ -162,7 +162,7 @@ class _Training:
         world.check_in_step(setup.potential, p.step)
         errors = evaluate(setup.average, setup.valid, setup.stress, world, section.max_edges)
         symmetry = validate_symmetry(setup.average, setup.valid, section, world)
-        value = errors.metric(section.metric)
+        before, value = p.model_copy(), errors.metric(section.metric)
         improved = p.best is None or value < p.best or math.isnan(p.best)
         if improved:
             p.best, p.best_step = value, p.step
@@ -170,7 +170,11 @@ class _Training:
         p.stale = 0 if better else p.stale + 1
         after_validation(self.recipe.schedule, p, better)
         row = metrics_row(p, epochs, errors, symmetry, self.ledger)
-        self.files.write_row(row, improved)
+        try:
+            self.files.write_row(row, improved)
+        except BaseException:
+            p.become(before)  # a resume repeats the validation
+            raise
         p.sums, p.n_sums = [0.0] * 5, [0] * 5
         self.reporter.validated(fraction, row)
 

@@ -4,8 +4,10 @@ import pytest
 
 from equimd.errors import InputError
 from equimd.training import train
+from equimd.training.distributed import PeerLostError
 from equimd.training.optim import make_optimizers
 from equimd.training.recipe import make_recipe
+from equimd.training.reporting import MetricsFile
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.sections import OptimizerSection, ScheduleSection
 from equimd.training.state import Progress
@@ -114,6 +116,26 @@ def test_a_plateau_reduces_the_rate_of_a_training_and_resumes_bit_for_bit(folder
             train(recipe, folder / "killed", progress=False)
     train(recipe, folder / "killed", resume=True, progress=False)
     assert_same_run(folder / "killed", folder / "whole")
+
+
+def test_a_validation_that_is_not_written_down_does_not_count(folder, values, monkeypatch):
+    from test_loop import assert_same_run
+
+    values |= {"steps": 16, "optimizer": {"lr": 1e-300}, "schedule": {"kind": "plateau", "patience": 1}}
+    recipe, original = make_recipe(values, folder), MetricsFile.append
+    train(recipe, folder / "whole", progress=False)
+
+    def lost(self, row):
+        if row["step"] == 8:
+            raise PeerLostError("another process is gone")
+        original(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "append", lost)
+        with pytest.raises(PeerLostError):
+            train(recipe, folder / "run", progress=False)
+    train(recipe, folder / "run", resume=True, progress=False)
+    assert_same_run(folder / "run", folder / "whole")
 
 
 def test_a_training_without_decay_may_be_extended(folder, values):
