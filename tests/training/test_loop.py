@@ -156,7 +156,7 @@ def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
     assert again.sessions == 2
     assert again.stopped == "budget"
     assert again.steps == first.steps
-    more = train(make_recipe({**values, "max_minutes": 60.0}, folder), folder / "run", resume=True, progress=False)
+    more = train(make_recipe({**values, "max_minutes": 600.0}, folder), folder / "run", resume=True, progress=False)
     assert (more.steps, more.stopped) == (10, "finished")
 
 
