@@ -197,6 +197,7 @@ class _Training:
             n_parameters=sum(q.numel() for q in best.parameters()),
             batch=recipe.batch,
             learning_rate=recipe.optimizer.lr,
+            muon_learning_rate=recipe.optimizer.muon_lr,
             device=device_name(setup.device),
             n_devices=world.size,
             valid=evaluate(best, setup.valid, setup.stress, world, max_edges),

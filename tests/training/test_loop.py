@@ -262,6 +262,13 @@ def test_metrics_are_cut_back_to_the_state(tmp_path):
         MetricsFile(tmp_path, 7)
 
 
+def test_both_learning_rates_are_said(folder, values, capsys):
+    values |= {"steps": 1, "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 2e-2}}
+    result = train(make_recipe(values, folder), folder / "run")
+    assert (result.learning_rate, result.muon_learning_rate) == (3e-3, 2e-2)
+    assert "; lr 0.003, 0.02 for hidden matrices;" in capsys.readouterr().err
+
+
 def test_log_lines_without_a_terminal(folder, values, capsys):
     train(make_recipe(values, folder), folder / "run")
     captured = capsys.readouterr()
