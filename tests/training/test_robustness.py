@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -71,6 +72,34 @@ def test_passes_add_up_to_the_batch(patchy, values, family, monkeypatch):
     monkeypatch.setattr(loop._Training, "add_gradient", quarter)
     train(make_recipe(values, patchy), patchy / "wrong", progress=False)
     assert difference(patchy / "whole", patchy / "wrong") > 1e-4
+
+
+def test_passes_add_up_with_denoising_and_stress(folder, values, monkeypatch):
+    rng, frames = np.random.default_rng(0), read(folder / "train.xyz", ":")
+    for k, atoms in enumerate(frames):
+        labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        atoms.set_cell(8.0 * np.eye(3))
+        atoms.pbc = True
+        if k % 3:  # passes have different numbers of them
+            labels["stress"] = rng.normal(0, 0.02, 6)
+        if k % 4 == 0:
+            del labels["energy"]
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+    write(folder / "train.xyz", frames, format="extxyz")
+    values |= {"loss": {"stress": 1.0}, "denoising": {"per": "frame", "probability": 0.5, "energy": 0.5}}
+    train(make_recipe(values, folder), folder / "whole", progress=False)
+    values["batch"] = {"n_frames": 6, "max_edges_per_pass": 70}
+    recipe, original = make_recipe(values, folder), loop._Training.add_gradient
+    train(recipe, folder / "passes", progress=False)
+    assert difference(folder / "whole", folder / "passes") < 1e-10  # sums in another order, in float64
+    for term in range(5):  # energies, forces, stress, noise, energies of what is denoised
+
+        def wrong(self, part, fraction, shares, term=term):
+            return original(self, part, fraction, shares.index_fill(0, torch.tensor([term]), 1.0))
+
+        monkeypatch.setattr(loop._Training, "add_gradient", wrong)
+        train(recipe, folder / f"wrong-{term}", progress=False)
+        assert difference(folder / "whole", folder / f"wrong-{term}") > 1e-6
 
 
 def test_out_of_memory_in_a_step_keeps_the_run(folder, values, monkeypatch):
