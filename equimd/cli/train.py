@@ -34,12 +34,17 @@ def train(
     On several processes: torchrun --nproc-per-node=N -m equimd train RECIPE.yaml -o RUN, or the same under srun.
     """
     from equimd.training.distributed import join
+    from equimd.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     with join() as world:
         with world.together():
             check_json(json)
+            from equimd.errors import InputError
             from equimd.training import load_recipe
 
+            if bagging and members is None:
+                raise InputError("--bagging is for the members of an ensemble; give --members M too")
             loaded = load_recipe(recipe, overrides or ())
             folder = output or Path("runs") / loaded.name
         if members is not None:

@@ -32,7 +32,7 @@ _FUSING = threading.Lock()  # several threads may ask for the same network at on
 class PotentialSettings(BaseModel):
     """What both families share; each architecture's settings extend it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cutoff: float = Field(default=5.0, gt=0.5, le=20.0, description="radial cutoff in Å")
     zbl: bool = Field(

@@ -57,7 +57,11 @@ class Dataset:
         lines = [
             f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom"
         ]
-        for origin, how in (("least squares", "fitted by least squares"), ("isolated atoms", "of isolated atoms")):
+        for origin, how in (
+            ("least squares", "fitted by least squares"),
+            ("isolated atoms", "of isolated atoms"),
+            ("parent", "of the checkpoint that it starts from"),
+        ):
             chosen = [z for z in self.train.species if self.atoms.origin.get(z) == origin]
             if chosen:
                 values = ", ".join(f"{chemical_symbols[z]} {self.atoms.energies[z]:.4f}" for z in chosen)
@@ -98,7 +102,7 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
     for split, frames in sets.items():
         check_frame_set(frames, table, names[split])
         _check_species(split, frames, sets["train"])
-    atoms = isolated_atom_energies(sets["train"].arrays, table)
+    atoms = isolated_atom_energies(sets["train"].arrays, table, recipe.isolated_atom_energies_of_parent())
     _check_labels(recipe, sets["train"], sets["valid"])
     _check_duplicates(recipe, sets)
     return Dataset(

@@ -5,7 +5,7 @@ gradient to that of the others in ONE all_reduce of all gradients laid end to en
 is one message of at most tens of megabytes, so there is nothing to gain from DistributedDataParallel's buckets, which
 overlap with the pass back; and its hooks are on an nn.Module's ``forward``, while training asks for
 ``predict_trainable``, a function of autograd with a gradient of its own. Sums of gradients and global counts of labels
-(``loss.global_share``) are all that one process would have done, so results do not depend on the number of processes.
+(``loss.shared``) are all that one process would have done, so results do not depend on the number of processes.
 
 Numbers of the control flow go over gloo, gradients on GPUs over NCCL. One process needs no torch.distributed at all.
 """
@@ -67,6 +67,8 @@ class Place:
 def find_place(environment: Mapping[str, str]) -> Place:
     """Our place from the variables of torchrun (RANK, WORLD_SIZE, ...) or, without them, of SLURM's srun.
 
+    SLURM_NTASKS alone makes no world: a batch script has it as well, and is one process.
+
     Raises:
         InputError: for variables that are no numbers, or that do not fit together.
     """
@@ -76,11 +78,11 @@ def find_place(environment: Mapping[str, str]) -> Place:
         place = Place(_integer(e, "RANK"), _integer(e, "WORLD_SIZE"), local)
         names = ("RANK", "WORLD_SIZE")
     else:
-        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS"
+        tasks = "SLURM_STEP_NUM_TASKS"
         if "SLURM_PROCID" not in e or tasks not in e:
             return Place()
-        # Jobs that share a node get ports of their own.
-        port = 20_000 + _integer(e, "SLURM_JOB_ID", 0) % 10_000
+        # Jobs that share a node, and steps of a job, get ports of their own.
+        port = 20_000 + (_integer(e, "SLURM_JOB_ID", 0) + 1009 * _integer(e, "SLURM_STEP_ID", 0)) % 10_000
         place = Place(
             _integer(e, "SLURM_PROCID"), _integer(e, tasks), _integer(e, "SLURM_LOCALID", 0), _slurm_host(e), port
         )

@@ -1,7 +1,7 @@
 """The symmetry that a network has learned, recorded along its training: L_mean, L_equiv and percent of loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -33,16 +33,16 @@ def symmetry_sample(section: ValidationSection) -> GroupSample:
 
 
 def symmetry_record(
-    forces_of: Callable[[AtomGraph], Tensor], graph: AtomGraph | None, sample: GroupSample, world: World
+    forces_of: Callable[[AtomGraph], Tensor], graphs: Iterable[AtomGraph], sample: GroupSample, world: World
 ) -> SymmetryRecord:
     """Split the force loss over the rotations of ``sample``; ``forces_of`` gives (N, 3) in eV/Å.
 
-    ``graph`` holds the frames of this process, None for none; the losses are pooled over processes.
+    ``graphs`` hold the frames of this process; the losses are pooled over processes.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     with world.together():
-        if graph is not None:
-            sums = _atomic_sums(forces_of, graph, sample)
+        for graph in graphs:
+            sums += _atomic_sums(forces_of, graph, sample)
     l_mean, l_equiv, n_labelled, l_equiv_of_all, n_atoms = world.sum(sums).tolist()
     if n_labelled == 0:
         return SymmetryRecord(math.nan, l_equiv_of_all / n_atoms, math.nan)

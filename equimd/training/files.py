@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equimd.errors import FailedError, InputError
-from equimd.models.checkpoint import MODEL_FILE, load_checkpoint, save_checkpoint
+from equimd.models.checkpoint import ENSEMBLE_FILE, MODEL_FILE, load_checkpoint, save_checkpoint
 from equimd.models.potential import Potential
 from equimd.results import DISK_FULL
 from equimd.training.distributed import World
@@ -19,21 +19,33 @@ from equimd.training.reporting import MetricsFile
 from equimd.training.result import RESULT_FILE, TrainingResult
 from equimd.training.sections import LoggingSection
 from equimd.training.setup import Setup
-from equimd.training.state import Progress, read_state, write_state
+from equimd.training.state import STATE_FILE, Progress, read_state, write_state
 
 LAST_FILE = "last.safetensors"
+MEMBER = "member-{}"
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that holds something else.
+def check_folder(folder: Path, resume: bool, ensemble: bool = False) -> None:
+    """Refuse a folder that holds something else than a training of this kind, one or an ``ensemble``.
 
     Raises:
-        InputError: for a file, or a folder that is not empty without ``resume``.
+        InputError: for a file; for a folder that is not empty without ``resume``; with it, for one that holds results
+            without a state, or one training where an ensemble is wanted, or the reverse.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; accepted is a folder that does not exist yet")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists already; give another folder, or resume to continue what is in it")
+    found = [name for name in (STATE_FILE, MODEL_FILE, RESULT_FILE) if (folder / name).exists()]
+    members = (folder / ENSEMBLE_FILE).exists() or (folder / MEMBER.format(1)).exists()
+    if ensemble and found:
+        raise InputError(f"cannot resume {folder}: {found[0]} there is of one training; leave --members out")
+    if not ensemble and members:
+        raise InputError(f"cannot resume {folder}: it holds an ensemble; give --members")
+    if found and STATE_FILE not in found:
+        raise InputError(
+            f"cannot resume {folder}: it holds {found[0]} but no {STATE_FILE} to continue from; give another folder"
+        )
 
 
 class RunFolder:

@@ -7,16 +7,17 @@ tells them apart. Energies are
 
     E = Σ_i E₀[Z_i] + scale[Z_i] · output_i + shift[Z_i]
 
-where E₀, the energies of isolated atoms, are the recipe's: they say which level of theory the labels have. Without any
-they are the parent's, so that the level is the parent's too. The scale is the parent's, for new elements its mean: it
-gives the weights of the last layer their meaning. Of the shift, ``shift: auto`` keeps the parent's, except that the
-least squares of E − Ê on training frames correct that of new elements, and that of every element where E₀ of a known
-one differs from the parent's, which is another level of theory. ``refit`` corrects all, ``keep`` none. So, without new
-elements and on the same level, training starts with what the parent predicts.
+where E₀, the energies of isolated atoms, are the recipe's or those of isolated atoms among the training frames: they
+say which level of theory the labels have. Without either they are the parent's, so that the level is the parent's too;
+where energies then start far off the labels, it is not, and the training is refused. The scale is the parent's, for new
+elements its mean: it gives the weights of the last layer their meaning. Of the shift, ``shift: auto`` keeps the
+parent's, except that the least squares of E − Ê on training frames correct that of new elements, and that of every
+element where E₀ of a known one differs from the parent's, which is another level of theory. ``refit`` corrects all,
+``keep`` none. So, without new elements and on the same level, training starts with what the parent predicts.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from equimd.errors import InputError
+from equimd.graph import AtomGraph
 from equimd.models.checkpoint import build_potential, load_checkpoint
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.potential import Potential
@@ -37,6 +39,8 @@ _NOISE = 0.1  # of the size of a table's entries, for rows of new elements
 _SAME_ENERGY = 1e-6  # eV
 _MOST_FRAMES = 1000  # that a shift is fitted on
 _EDGES_PER_BATCH = 12_000
+_FAR = 1.0  # eV/atom; levels of theory are tens of eV apart, and energies of a parent that fits the data far less
+_FRAMES_TO_CHECK = 100
 
 
 def make_potential(
@@ -45,7 +49,8 @@ def make_potential(
     """The potential, its frozen parameters without gradients, and its ancestors, the oldest first.
 
     Raises:
-        InputError: for a checkpoint of another family or with other settings, a pattern that freezes nothing.
+        InputError: for a checkpoint of another family or with other settings, a pattern that freezes nothing, energies
+            that are far off the labels.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -78,6 +83,8 @@ def _from_parent(
     if fitted:
         for z, correction in zip(fitted, residual_shifts(potential, train, fitted), strict=True):
             potential.shift[potential.species.index(z)] += correction
+    if section.shift == "auto" and recipe.loss.largest("energy") > 0:
+        _check_level(potential, train, section.checkpoint)
     potential.requires_grad_(True)
     frozen = freeze(potential, section.freeze)
     new = sorted(species - set(parent.species))
@@ -142,19 +149,39 @@ def residual_shifts(potential: Potential, frames: FrameSet, species: Sequence[in
 
     Least squares over up to 1,000 frames, spread evenly; of smallest norm where the counts of atoms do not tell.
     """
-    which = torch.nonzero(~torch.isnan(frames.energy)).squeeze(1)
-    if len(which) == 0:
-        return [0.0] * len(species)
-    which = which[torch.linspace(0, len(which) - 1, min(_MOST_FRAMES, len(which))).round().long()]
-    place = torch.div(frames.n_edges[which].cumsum(0), _EDGES_PER_BATCH, rounding_mode="floor")
     counts, residuals = [], []
-    for value in place.unique():
-        graph = frames.batch(which[place == value])
+    for graph in _labelled(frames, _MOST_FRAMES):
         residuals.append(graph.energy - potential(graph).energy)
         of = [torch.bincount(graph.batch[graph.atomic_numbers == z], minlength=graph.n_systems) for z in species]
         counts.append(torch.stack(of, dim=1))
+    if not counts:
+        return [0.0] * len(species)
     a, b = torch.cat(counts).double().numpy(), torch.cat(residuals).numpy()
     return np.linalg.lstsq(a, b, rcond=1e-8)[0].tolist()
+
+
+def _labelled(frames: FrameSet, most: int) -> Iterator[AtomGraph]:
+    """Up to ``most`` frames with energies, spread evenly, in batches."""
+    which = torch.nonzero(~torch.isnan(frames.energy)).squeeze(1)
+    which = which[torch.linspace(0, len(which) - 1, min(most, len(which))).round().long()]
+    place = torch.div(frames.n_edges[which].cumsum(0), _EDGES_PER_BATCH, rounding_mode="floor")
+    for value in place.unique():
+        yield frames.batch(which[place == value])
+
+
+def _check_level(potential: Potential, frames: FrameSet, name: str) -> None:
+    """Refuse energies so far off the labels that these are of another level of theory."""
+    errors = [
+        (potential(graph).energy - graph.energy).abs() / torch.bincount(graph.batch, minlength=graph.n_systems)
+        for graph in _labelled(frames, _FRAMES_TO_CHECK)
+    ]
+    median = float(torch.cat(errors).median()) if errors else 0.0
+    if median > _FAR:
+        raise InputError(
+            f"init_from: energies of {name} are {median:.3g} eV/atom off the labels (median of training frames), as at"
+            " another level of theory; set init_from.shift: refit (or keep, to start from there), or give"
+            " data.isolated_atom_energies of the labels' level"
+        )
 
 
 def freeze(potential: Potential, patterns: Sequence[str]) -> set[str]:

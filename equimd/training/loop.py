@@ -14,16 +14,18 @@ from equimd.results import provenance
 from equimd.training.batches import Batches, Epoch
 from equimd.training.distributed import PeerLostError, ReportedElsewhere, StoppedError, World, join
 from equimd.training.files import RunFolder, check_folder
+from equimd.training.loggers import check_packages
 from equimd.training.memory import OutOfMemoryError, advising
 from equimd.training.objective import Objective, Tasks
 from equimd.training.optim import WeightAverage, gradient_norm, make_optimizers, zero_gradients
-from equimd.training.plan import fraction_done, is_stale, state_is_due, why_stop
+from equimd.training.plan import fraction_done, goes_on, is_stale, state_is_due, why_stop
 from equimd.training.precision import PrecisionError, PrecisionReport, matmul_precision, precision_error
 from equimd.training.recipe import Recipe, load_recipe
 from equimd.training.reporting import Reporter, describe, metrics_row
 from equimd.training.result import SymmetrySummary, TrainingResult
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
+from equimd.training.sharding import passes
 from equimd.training.validation import evaluate, validate_symmetry
 
 _PRECISION_FRAMES = 16
@@ -63,6 +65,7 @@ def train(
             device = world.use_device(recipe.device)
             if world.is_first:
                 check_folder(folder, resume)
+                check_packages(recipe.logging)
         stack.enter_context(threads(recipe.n_threads))
         setup = world.first_then_others(
             lambda: prepare(recipe, device, progress and world.is_first)
@@ -88,12 +91,14 @@ class _Training:
     def run(self) -> TrainingResult:
         """Epochs until the recipe's end, then the test; what can be continued leaves its state behind."""
         p, recipe = self.progress, self.recipe
-        if p.stopped == "finished" and (p.step < (recipe.steps or 0) or p.epoch < (recipe.epochs or 0)):
-            p.stopped = None  # the recipe has become longer
+        if goes_on(recipe, p, self.ledger.hours):
+            p.stopped = None
         self.files.open(recipe.logging)
         self.reporter.say(describe(recipe, self.setup, self.world, p.step))
         try:
             p.precision_start = p.precision_start or self.precision_error()
+            if p.step == 0:
+                self.files.save()  # there is no moment at which what lies in the folder cannot be continued
             while p.stopped is None:
                 epoch = self.batches.epoch(p.epoch)
                 while p.batch < len(epoch.batches) and self.why_stop(epoch) is None:
@@ -144,7 +149,7 @@ class _Training:
 
     def add_gradient(self, part: Tasks, fraction: float, shares: Tensor) -> Tensor:
         """Add the gradient of a part's share of the loss; returns its shares of the loss and its terms (5,)."""
-        with advising("batch.max_edges_per_pass", part.usual, f"at step {self.progress.step}"):
+        with advising("batch.max_edges_per_pass", f"at step {self.progress.step}", *part.graphs):
             loss = self.objective.loss(part, fraction, shares)
             if loss.total.requires_grad:  # not where there are no labels
                 loss.total.backward()
@@ -157,7 +162,7 @@ class _Training:
         world.check_in_step(setup.potential, p.step)
         errors = evaluate(setup.average, setup.valid, setup.stress, world, section.max_edges)
         symmetry = validate_symmetry(setup.average, setup.valid, section, world)
-        value = errors.metric(section.metric)
+        before, value = p.model_copy(), errors.metric(section.metric)
         improved = p.best is None or value < p.best or math.isnan(p.best)
         if improved:
             p.best, p.best_step = value, p.step
@@ -165,7 +170,11 @@ class _Training:
         p.stale = 0 if better else p.stale + 1
         after_validation(self.recipe.schedule, p, better)
         row = metrics_row(p, epochs, errors, symmetry, self.ledger)
-        self.files.write_row(row, improved)
+        try:
+            self.files.write_row(row, improved)
+        except BaseException:
+            p.become(before)  # a resume repeats the validation
+            raise
         p.sums, p.n_sums = [0.0] * 5, [0] * 5
         self.reporter.validated(fraction, row)
 
@@ -188,6 +197,7 @@ class _Training:
             n_parameters=sum(q.numel() for q in best.parameters()),
             batch=recipe.batch,
             learning_rate=recipe.optimizer.lr,
+            muon_learning_rate=recipe.optimizer.muon_lr,
             device=device_name(setup.device),
             n_devices=world.size,
             valid=evaluate(best, setup.valid, setup.stress, world, max_edges),
@@ -216,8 +226,9 @@ class _Training:
         if self.recipe.precision == "float32":
             return None
         valid = self.setup.valid
-        with self.world.together():
-            graph = valid.batch(torch.arange(min(len(valid), _PRECISION_FRAMES), device=self.setup.device))
+        first = passes(valid.n_edges[:_PRECISION_FRAMES].cpu().numpy(), self.recipe.validation.max_edges)[0]
+        graph = valid.batch(torch.from_numpy(first).to(self.setup.device))
+        with self.world.together(), advising("validation.max_edges", "in the check of the precision", graph):
             error = precision_error(self.setup.potential, graph, self.recipe.precision)
         self.reporter.say(
             f"{self.recipe.precision} products change forces by {error.forces:.2g} and their gradient by"

@@ -11,7 +11,7 @@ from equimd.models.checkpoint import ENSEMBLE_FILE, load_potential
 from equimd.models.ensemble import EnsemblePotential
 from equimd.results import Number, Result, provenance
 from equimd.training.distributed import World
-from equimd.training.files import check_folder, explaining_a_full_disk
+from equimd.training.files import MEMBER, check_folder, explaining_a_full_disk
 from equimd.training.loop import train
 from equimd.training.recipe import Recipe
 from equimd.training.result import TrainingResult
@@ -66,11 +66,11 @@ def train_members(
         if bagging and recipe.data.n_train is None:
             raise InputError("--bagging needs data.n_train, the number of frames that each member draws; it is not set")
         if world.is_first:
-            check_folder(folder, resume)
+            check_folder(folder, resume, ensemble=True)
     results = []
     for number in range(1, n_members + 1):
         own = member_recipe(recipe, number, bagging)
-        results.append(train(own, folder / f"member-{number}", resume, progress, world))
+        results.append(train(own, folder / MEMBER.format(number), resume, progress, world))
     result = _evaluate(recipe, folder, results, bagging, world)
     with world.together(), explaining_a_full_disk():
         if world.is_first:
@@ -89,7 +89,7 @@ def member_recipe(recipe: Recipe, number: int, bagging: bool) -> Recipe:
 def _evaluate(
     recipe: Recipe, folder: Path, results: list[TrainingResult], bagging: bool, world: World
 ) -> EnsembleResult:
-    names = [f"member-{number}" for number in range(1, len(results) + 1)]
+    names = [MEMBER.format(number) for number in range(1, len(results) + 1)]
     with world.together():
         device = world.use_device(recipe.device)
         members = [load_potential(folder / name, device, recipe.dtype).requires_grad_(False) for name in names]

@@ -2,9 +2,10 @@
 
 As a rule: energies, forces and stress of every frame. A recipe's sections change that.
 
-denoising: a part of the frames is corrupted instead. With their forces told, the noise is to be found, and the energy
-that the clean structure has. That takes first derivatives only, so such a frame costs a fraction of another. Forces of
-atoms without noise are not asked for: with vectors told, they would take second derivatives.
+denoising: a part of the frames is corrupted instead. With their forces told, the noise is to be found and, with
+denoising.energy above 0, the energy of the clean structure, which DeNS (arXiv:2403.09549) asks for. That takes first
+derivatives only, so such a frame costs a fraction of another. Forces of atoms without noise are not asked for: with
+vectors told, they would take second derivatives.
 
 pretraining: at first, forces are read by a head, which takes first derivatives only, as PET-MAD, Orb and eSEN are
 trained (Bigi et al., arXiv:2412.11569; Fu et al., arXiv:2502.12147); then they are the gradient of the energy, of the
@@ -35,6 +36,11 @@ class Tasks(NamedTuple):
 
     usual: AtomGraph
     corrupted: Corrupted | None
+
+    @property
+    def graphs(self) -> list[AtomGraph]:
+        """What is in memory at once."""
+        return [self.usual] if self.corrupted is None else [self.usual, self.corrupted.graph]
 
 
 class Objective:
@@ -144,7 +150,7 @@ class Objective:
             graph, edge_vectors(graph, torch.float64), self.auxiliary, told
         )
         noise = read[:, self.vectors.index("denoising")]
-        # The repulsion is that of the clean structure, whose energy is asked for.
+        # The repulsion is that of the clean structure, whose energy may be asked for.
         energy, _ = self.potential.energies_of(clean, edge_vectors(clean, torch.float64), output)
         n_atoms = torch.bincount(clean.batch, minlength=clean.n_systems)
         return Denoised(

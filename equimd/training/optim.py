@@ -85,8 +85,10 @@ class WeightAverage:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Norm of the gradient, which is scaled down to ``limit`` where it is larger."""
+    """Norm of the gradient, which is scaled down to ``limit`` where it is larger; 0 where there is none."""
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))  # pyright: ignore
     if limit is not None and norm > limit:
         torch._foreach_mul_(gradients, limit / norm)  # pyright: ignore

@@ -21,11 +21,20 @@ def why_stop(recipe: Recipe, p: Progress, hours: float, n_batches: int) -> str |
     """Why no further step is done; None where one is."""
     if recipe.steps is not None and p.step >= recipe.steps:
         return "finished"
-    if recipe.epochs is not None and p.epoch == recipe.epochs - 1 and p.batch == n_batches:
+    if recipe.epochs is not None and p.epoch + (p.batch == n_batches) >= recipe.epochs:
         return "finished"
     if recipe.max_minutes is not None and hours * 60.0 >= recipe.max_minutes:
         return "budget"
     return None
+
+
+def goes_on(recipe: Recipe, p: Progress, hours: float) -> bool:
+    """Whether a training that has stopped goes on at a resume: the recipe is longer now, or the budget larger."""
+    if p.stopped == "finished":
+        return p.step < (recipe.steps or 0) or p.epoch < (recipe.epochs or 0)
+    if p.stopped == "budget":
+        return recipe.max_minutes is None or hours * 60.0 < recipe.max_minutes
+    return False
 
 
 def is_stale(recipe: Recipe, p: Progress) -> bool:

@@ -5,6 +5,7 @@ Paths are relative to the recipe's file. The resolved recipe travels with the we
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -87,6 +88,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_learn(self) -> "Recipe":
+        start = self.loss.start_without_weights
+        if start is not None and self.denoising is None:
+            raise ValueError(
+                f"loss: energy, forces and stress all weigh 0 from {start:g} of the training on, so that nothing is"
+                " learned; one weight above 0 is accepted"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auxiliary(self) -> "Recipe":
         for name in ("denoising", "pretraining"):
             if getattr(self, name) is not None and (problem := lacking(self.model, told=name == "denoising")):
@@ -125,10 +136,22 @@ class Recipe(Section):
                 raise InputError(
                     f"data.isolated_atom_energies: {path} holds no table 'isolated_atom_energies' of eV by symbol"
                 ) from error
+        endless = [symbol for symbol, energy in table.items() if not math.isfinite(energy)]
+        if endless:
+            raise InputError(
+                f"data.isolated_atom_energies of {endless[0]} is {table[endless[0]]}; accepted are finite numbers of eV"
+            )
         unknown = [symbol for symbol in table if symbol not in atomic_numbers]
         if unknown:
             raise InputError(f"data.isolated_atom_energies names {unknown[0]!r}, which is no chemical symbol")
         return {atomic_numbers[symbol]: energy for symbol, energy in table.items()}
+
+    def isolated_atom_energies_of_parent(self) -> dict[int, float]:
+        """Those of the checkpoint of ``init_from``, in eV by atomic number; none without one."""
+        if self.init_from is None:
+            return {}
+        header, _ = read_tensors(parent_file(self.init_from.checkpoint, self._folder))
+        return {int(z): float(energy) for z, energy in header.get("isolated_atom_energies", {}).items()}
 
 
 def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str = "recipe") -> Recipe:
@@ -153,13 +176,8 @@ def parent_file(checkpoint: str, folder: Path) -> Path:
 
 
 def _with_values_of_parent(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Recipe values that take from the checkpoint of ``init_from`` what they do not say.
-
-    That are settings of the model and, without a table of isolated atoms, their energies.
-    """
-    from ase.data import chemical_symbols
-
-    parent, model, data = values.get("init_from"), values.get("model") or {}, values.get("data")
+    """Recipe values that take from the checkpoint of ``init_from`` the settings of the model that they do not say."""
+    parent, model = values.get("init_from"), values.get("model") or {}
     if isinstance(parent, Mapping):
         parent = parent.get("checkpoint")
     if not isinstance(parent, str) or not parent or not isinstance(model, Mapping):
@@ -168,10 +186,7 @@ def _with_values_of_parent(values: dict[str, Any], folder: Path) -> dict[str, An
     settings = header.get("settings", {})
     if model.get("family", settings.get("family")) == settings.get("family"):
         model = {**settings, **model}
-    if isinstance(data, Mapping) and data.get("isolated_atom_energies") is None:
-        energies = {chemical_symbols[int(z)]: e for z, e in header.get("isolated_atom_energies", {}).items()}
-        data = {**data, "isolated_atom_energies": energies}
-    return {**values, "model": dict(model), "data": data}
+    return {**values, "model": dict(model)}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

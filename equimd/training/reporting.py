@@ -121,14 +121,14 @@ def _milli(value: float | None) -> float | None:
 
 def describe(recipe: Recipe, setup: Setup, world: World, step: int) -> str:
     """What is about to be trained, on what, in one line."""
-    batch = recipe.batch
+    batch, muon_lr = recipe.batch, recipe.optimizer.muon_lr
     sizes = [f"{batch.n_frames:,} frames"] if batch.n_frames else []
     sizes += [f"at most {batch.max_edges:,} edges"] if batch.max_edges else []
     parts = [
         f"{recipe.model.family}, {sum(p.numel() for p in setup.potential.parameters()):,} parameters",
         f"{len(setup.train):,} training and {len(setup.valid):,} validation frames",
         f"global batch of {' and '.join(sizes)}",
-        f"lr {recipe.optimizer.lr:g}",
+        f"lr {recipe.optimizer.lr:g}" + (f", {muon_lr:g} for hidden matrices" if muon_lr is not None else ""),
         f"{world.size} {'process' if world.size == 1 else 'processes'} on {device_name(setup.device)}",
         f"{recipe.dtype}" + (f" with {recipe.precision} products" if recipe.precision != "float32" else ""),
     ]

@@ -27,8 +27,9 @@ class SymmetrySummary(Block):
 class TrainingResult(Result):
     """A finished training: errors of the best average of the weights, and what it cost.
 
-    batch is over all devices, frames_per_s the training throughput of all of them over the whole run (a rotated copy
-    counts as a frame), hours those of the clock, and device_hours these times the devices, summed over sessions.
+    muon_learning_rate is that of hidden matrices, where it is another. batch is over all devices, frames_per_s the
+    training throughput of all of them over the whole run (a rotated copy counts as a frame), hours those of the clock,
+    and device_hours these times the devices, summed over sessions.
     """
 
     name: str
@@ -40,6 +41,7 @@ class TrainingResult(Result):
     n_parameters: int
     batch: BatchSection
     learning_rate: float
+    muon_learning_rate: float | None = None
     device: str
     n_devices: int
     hours: float

@@ -9,7 +9,8 @@ With t the part of the training that is done and f = schedule.final, the factor 
     plateau    1, times ``factor`` after ``patience`` validations in a row without a better metric; f at the least
 
 A training of kind constant, wsd or plateau may be resumed with more steps or epochs than it began with: until the decay
-of wsd begins, nothing that was done depends on the length.
+of wsd begins, nothing that was done depends on the length, unless the recipe has pretraining, denoising whose weight
+falls, or weights of the loss that change.
 """
 
 import math

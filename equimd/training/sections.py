@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
+    """A part of a recipe; unknown keys are refused, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _refuse_settings_of_others(section: Section, choice: str, users: dict[str, str]) -> None:
@@ -35,7 +35,8 @@ class DataSection(Section):
     isolated_atom_energies: dict[str, float] | str | None = Field(
         default=None,
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name; None takes"
-        " those of isolated atoms among the training frames (config_type=IsolatedAtom), and fits the others",
+        " those of isolated atoms among the training frames (config_type=IsolatedAtom), then those of the checkpoint of"
+        " init_from, and fits the others",
     )
     units: dict[str, str] | None = Field(
         default=None, description="energy, length, stress units of the files; numbers that look wrong are then accepted"
@@ -62,10 +63,13 @@ class LossWeights(Section):
     stress: float = Field(default=0.0, ge=0)
 
 
-class LastWeights(LossWeights):
-    """Weights for the last part of a training."""
+class LastWeights(Section):
+    """Weights for the last part of a training; one that is not given stays what it was."""
 
     fraction: float = Field(default=0.2, gt=0, lt=1, description="the part of the training that is the last one")
+    energy: float | None = Field(default=None, ge=0)
+    forces: float | None = Field(default=None, ge=0)
+    stress: float | None = Field(default=None, ge=0)
 
 
 class LossStage(Section):
@@ -104,6 +108,19 @@ class LossSection(LossWeights):
             return self.stages
         weights = self.last.model_dump(exclude={"fraction"})
         return [*self.stages, LossStage(start=1.0 - self.last.fraction, **weights)]
+
+    @property
+    def start_without_weights(self) -> float | None:
+        """Fraction of the training from which on all weights are zero, until the next stage; None without any."""
+        weights = {term: getattr(self, term) for term in ("energy", "forces", "stress")}
+        start = 0.0
+        for stage in self.all_stages:
+            if stage.start > start and not any(weights.values()):
+                return start
+            given = {term: getattr(stage, term) for term in weights}
+            weights |= {term: weight for term, weight in given.items() if weight is not None}
+            start = stage.start
+        return None if any(weights.values()) else start
 
     def largest(self, term: str) -> float:
         """The largest weight that a term ever has."""
@@ -224,7 +241,9 @@ class ValidationSection(Section):
         default=None, ge=1, description="a quadrature of this degree instead of random rotations"
     )
     inversion: bool = True
-    max_edges: int = Field(default=12_000, ge=1, description="edges in memory at once")
+    max_edges: int = Field(
+        default=12_000, ge=1, description="edges in memory at once, of the record of the symmetry too"
+    )
 
 
 class EarlyStoppingSection(Section):

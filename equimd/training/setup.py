@@ -76,12 +76,21 @@ def prepare(recipe: Recipe, device: torch.device, progress: bool = False) -> Set
 def _identity(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe must be the same at a resume: all but where it runs, in what pieces, and what it reports."""
     free = ("checkpoint", "device", "logging", "max_minutes", "n_threads")
-    if recipe.schedule.kind in EXTENDABLE and recipe.pretraining is None:  # which ends at a part of the length
+    if recipe.schedule.kind in EXTENDABLE and not _depends_on_length(recipe):
         free += ("epochs", "steps")
     kept = {key: value for key, value in resolved.items() if key not in free}
-    for section, key in (("batch", "max_edges_per_pass"), ("validation", "max_edges")):
-        kept[section] = {name: value for name, value in kept[section].items() if name != key}
-    return kept
+    for section, names in (("batch", ("max_edges_per_pass",)), ("validation", ("max_edges", "symmetry_frames"))):
+        kept[section] = {name: value for name, value in kept[section].items() if name not in names}
+    # As stated: energies that are measured follow from the data and the ancestry, in the last digits from the machine.
+    stated = recipe.isolated_atom_energies()
+    table = None if stated is None else {chemical_symbols[z]: energy for z, energy in stated.items()}
+    return {**kept, "data": {**kept["data"], "isolated_atom_energies": table}}
+
+
+def _depends_on_length(recipe: Recipe) -> bool:
+    """Whether anything but the learning rate follows the part of the training that is done."""
+    falls = recipe.denoising is not None and recipe.denoising.final < 1
+    return recipe.pretraining is not None or falls or bool(recipe.loss.all_stages)
 
 
 def device_name(device: torch.device) -> str:

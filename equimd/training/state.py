@@ -50,6 +50,11 @@ class Progress(BaseModel):
     stopped: str | None = None
     precision_start: PrecisionError | None = None
 
+    def become(self, other: "Progress") -> None:
+        """Take the values of another."""
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(other, name))
+
 
 def write_state(
     folder: Path,

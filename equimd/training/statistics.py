@@ -14,7 +14,7 @@ from equimd.frames.compositions import fit_atomic_energies
 from equimd.results import Block
 from equimd.training.cache import remembered
 
-Origin = Literal["recipe", "isolated atoms", "least squares"]
+Origin = Literal["recipe", "isolated atoms", "parent", "least squares"]
 
 
 class Statistics(Block):
@@ -39,8 +39,10 @@ def statistics(arrays: FrameArrays, isolated_atom_energies: Mapping[int, float])
     return remembered(arrays, "statistics", sorted(energies.items()), Statistics, lambda: _statistics(arrays, energies))
 
 
-def isolated_atom_energies(arrays: FrameArrays, table: Mapping[int, float] | None) -> IsolatedAtomEnergies:
-    """Those of the table; without one, of the isolated atoms among the frames, and for the other elements by fit.
+def isolated_atom_energies(
+    arrays: FrameArrays, table: Mapping[int, float] | None, of_parent: Mapping[int, float] | None = None
+) -> IsolatedAtomEnergies:
+    """Those of the table; without one, of the isolated atoms among the frames, else of the parent, else by fit.
 
     The fit is that of total energies by the number of atoms of each element, in least squares; where compositions do
     not tell elements apart (one molecule), the energies sum up to what they should and say nothing one by one.
@@ -48,18 +50,26 @@ def isolated_atom_energies(arrays: FrameArrays, table: Mapping[int, float] | Non
     if table is not None:
         return IsolatedAtomEnergies(energies=dict(table), origin=dict.fromkeys(table, "recipe"))
     measured = {int(z): float(energy) for z, energy in arrays.meta["isolated_atoms"].items()}
-    rest = [z for z in arrays.meta["species"] if z not in measured]
-    known = {z: measured.get(z, 0.0) for z in arrays.meta["species"]}
+    species = arrays.meta["species"]
+    inherited = {z: energy for z, energy in (of_parent or {}).items() if z in species and z not in measured}
+    given = {**measured, **inherited}
+    rest = [z for z in species if z not in given]
+    known = {z: given.get(z, 0.0) for z in species}
 
     def fit() -> IsolatedAtomEnergies:
         fitted, determined = fit_atomic_energies(arrays, known, rest, by_charge=True)
         return IsolatedAtomEnergies(
-            energies={**measured, **fitted},
-            origin={**dict.fromkeys(measured, "isolated atoms"), **dict.fromkeys(fitted, "least squares")},
+            energies={**given, **fitted},
+            origin={
+                **dict.fromkeys(measured, "isolated atoms"),
+                **dict.fromkeys(inherited, "parent"),
+                **dict.fromkeys(fitted, "least squares"),
+            },
             determined=determined,
         )
 
-    return remembered(arrays, "isolated-atoms", sorted(measured.items()), IsolatedAtomEnergies, fit)
+    key = sorted(measured.items()), sorted(inherited.items())
+    return remembered(arrays, "isolated-atoms", key, IsolatedAtomEnergies, fit)
 
 
 def _statistics(arrays: FrameArrays, energies: Mapping[int, float]) -> Statistics:

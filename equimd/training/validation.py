@@ -46,7 +46,7 @@ def evaluate(potential: Potential, frames: FrameSet, stress: bool, world: World,
     with world.together():
         for graph in graph_batches(frames, max_edges, world):
             world.check()
-            with advising("validation.max_edges", graph, "in a validation"):
+            with advising("validation.max_edges", "in a validation", graph):
                 prediction = potential(graph, stress=stress)
             n_atoms = torch.bincount(graph.batch, minlength=graph.n_systems)
             sums[0] += _sums(prediction.energy / n_atoms, graph.energy / n_atoms)
@@ -83,14 +83,16 @@ def validate_symmetry(
         return None
     count = min(section.symmetry_frames, len(frames))
     which = torch.linspace(0, len(frames) - 1, count).round().long()
-    own = which[world.rank :: world.size].to(frames.energy.device)
-    graph = frames.batch(own) if len(own) else None
+    own = which[world.rank :: world.size]
+    parts = passes(frames.n_edges.cpu()[own].numpy(), section.max_edges)
+    graphs = (frames.batch(own[torch.from_numpy(part)].to(frames.energy.device)) for part in parts)
 
     def forces_of(graph: AtomGraph) -> Tensor:
         world.check()
-        return potential(graph).forces
+        with advising("validation.max_edges", "in a validation's record of the symmetry", graph):
+            return potential(graph).forces
 
-    return symmetry_record(forces_of, graph, symmetry_sample(section), world)
+    return symmetry_record(forces_of, graphs, symmetry_sample(section), world)
 
 
 def _sums(prediction: Tensor, label: Tensor) -> Tensor:

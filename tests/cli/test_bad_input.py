@@ -104,6 +104,7 @@ def test_recipe_value_and_override(refused, unchanged):
     unchanged()
     assert "optimizer.lr" in refused("train", path, "-o", "run", "--set", "optimizer.lr=-1")
     assert "key=value" in refused("train", path, "-o", "run", "--set", "optimizer.lr")
+    assert "--bagging is for the members of an ensemble" in refused("train", path, "-o", "run", "--bagging")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
@@ -152,6 +153,35 @@ def test_another_level_of_theory_gets_other_shifts_and_the_same_scale(folder, va
         same = set_up(values, folder, data={**values["data"], "isolated_atom_energies": energies})
         assert same.potential.isolated_atom_energies == old.isolated_atom_energies
         assert torch.equal(same.potential.shift, old.shift)  # auto keeps it on the same level
+
+
+def test_isolated_atoms_among_the_frames_tell_the_level(folder, values, parent):
+    old, _ = load_checkpoint(parent, dtype="float64")
+    data = {**at_another_level(folder), "isolated_atom_energies": None}
+    with pytest.raises(InputError, match=r"are \d+.* eV/atom off the labels .* set init_from.shift: refit") as said:
+        set_up(values, folder, data=data)
+    assert "\n" not in str(said.value)
+    for shift in ("refit", "keep"):
+        init = {"checkpoint": "parent/model.safetensors", "shift": shift}
+        found = set_up(values, folder, data=data, init_from=init)
+        assert found.header["isolated_atom_energies_from"] == dict.fromkeys("HCO", "parent")
+    set_up(values, folder, data=data, loss={"energy": 0.0})  # energies do not matter
+
+    frames = read(folder / "other-train.xyz", ":")
+    for symbol, energy in (("H", -15.0), ("O", -2.0)):
+        atom = Atoms(symbol, info={"config_type": "IsolatedAtom"})
+        atom.calc = SinglePointCalculator(atom, energy=energy, forces=np.zeros((1, 3)))
+        frames.append(atom)
+    write(folder / "other-train.xyz", frames, format="extxyz")
+    found = set_up(values, folder, data=data)
+    assert found.potential.isolated_atom_energies == {1: -15.0, 6: E0["C"], 8: -2.0}
+    assert found.header["isolated_atom_energies_from"] == {"H": "isolated atoms", "C": "parent", "O": "isolated atoms"}
+    assert not torch.equal(found.potential.shift, old.shift)
+    error = evaluate(found.average, found.valid, False, World(), 12_000).energy_per_atom_mae
+    assert error is not None
+    assert error < 0.05  # eV/atom; the parent's own error is 0.01
+    kept = set_up(values, folder, data={**data, "isolated_atom_energies": dict(E0)}, loss={"energy": 0.0})
+    assert set(kept.header["isolated_atom_energies_from"].values()) == {"recipe"}
 
 
 def test_residual_shifts_recover_what_was_added(folder, values, parent):

@@ -6,19 +6,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from ase.io import read, write
 from safetensors.torch import load_file
-from training_samples import TINY
+from training_samples import TINY, steps_of
 
 from equimd.errors import InputError
 from equimd.models.checkpoint import load_checkpoint
 from equimd.training import TrainingDivergedError, train
+from equimd.training.plan import goes_on
 from equimd.training.recipe import make_recipe
 from equimd.training.reporting import COLUMNS, MetricsFile
+from equimd.training.state import Progress
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -76,7 +79,7 @@ def test_a_killed_training_continues_bit_for_bit(folder, values, optimizer):
     code = "import sys; from equimd.training import train; train(sys.argv[1], sys.argv[2], progress=False)"
     child = subprocess.Popen([sys.executable, "-c", code, str(folder / "recipe.yaml"), str(folder / "killed")])
     try:
-        while not (folder / "killed" / "state.safetensors").exists() and child.poll() is None:
+        while steps_of(folder / "killed") < 3 and child.poll() is None:
             time.sleep(0.002)
         time.sleep(random.uniform(0.0, 0.1))  # any moment will do
     finally:
@@ -151,6 +154,20 @@ def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
     again = train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "run", resume=True, progress=False)
     assert again.device_hours > first.device_hours
     assert again.sessions == 2
+    assert again.stopped == "budget"
+    assert again.steps == first.steps
+    more = train(make_recipe({**values, "max_minutes": 600.0}, folder), folder / "run", resume=True, progress=False)
+    assert (more.steps, more.stopped) == (10, "finished")
+
+
+def test_a_budget_may_be_taken_back():
+    recipe = SimpleNamespace(steps=10, epochs=None, max_minutes=6.0)
+    spent = Progress(step=4, stopped="budget")
+    assert not goes_on(recipe, spent, 0.1)
+    assert goes_on(recipe, spent, 0.09)
+    assert goes_on(SimpleNamespace(steps=10, epochs=None, max_minutes=None), spent, 0.1)
+    assert not goes_on(recipe, Progress(step=4, stopped="early stopping"), 0.0)
+    assert not goes_on(recipe, Progress(step=10, stopped="finished"), 0.0)
 
 
 def test_early_stopping(folder, values):
@@ -195,6 +212,36 @@ def test_resume_refuses_another_recipe_and_other_data(folder, values):
         train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
 
 
+@pytest.mark.parametrize("last", ["open", "write_row"])
+def test_a_kill_before_the_first_state_is_due(folder, values, monkeypatch, last):
+    from equimd.training.files import RunFolder
+
+    values["checkpoint"] = {"minutes": None}
+    recipe, original = make_recipe(values, folder), getattr(RunFolder, last)
+    train(recipe, folder / "whole", progress=False)
+
+    def dies(self, *arguments):
+        original(self, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, last, dies)
+        with pytest.raises(Killed):
+            train(recipe, folder / "killed", progress=False)
+    train(recipe, folder / "killed", resume=True, progress=False)
+    assert_same_run(folder / "killed", folder / "whole")
+
+
+def test_resume_refuses_results_without_a_state(folder, values):
+    recipe = make_recipe({**values, "steps": 4}, folder)
+    train(recipe, folder / "run", progress=False)
+    before = (folder / "run" / "model.safetensors").read_bytes()
+    (folder / "run" / "state.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it holds model.safetensors but no state.safetensors to continue from; give"):
+        train(recipe, folder / "run", resume=True, progress=False)
+    assert (folder / "run" / "model.safetensors").read_bytes() == before
+
+
 def test_divergence_is_said(folder, values, monkeypatch):
     from equimd.training import loop
 
@@ -213,6 +260,13 @@ def test_metrics_are_cut_back_to_the_state(tmp_path):
     assert rows(tmp_path)[0]["l_mean"] == ""
     with pytest.raises(InputError, match="fewer than the 7 rows"):
         MetricsFile(tmp_path, 7)
+
+
+def test_both_learning_rates_are_said(folder, values, capsys):
+    values |= {"steps": 1, "optimizer": {"name": "muon", "lr": 3e-3, "muon_lr": 2e-2}}
+    result = train(make_recipe(values, folder), folder / "run")
+    assert (result.learning_rate, result.muon_learning_rate) == (3e-3, 2e-2)
+    assert "; lr 0.003, 0.02 for hidden matrices;" in capsys.readouterr().err
 
 
 def test_log_lines_without_a_terminal(folder, values, capsys):

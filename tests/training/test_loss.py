@@ -22,7 +22,7 @@ from equimd.training.data import build_frame_set
 from equimd.training.distributed import World
 from equimd.training.loss import active_weights, label_counts, loss_terms
 from equimd.training.recipe import make_recipe
-from equimd.training.sections import LastWeights, LossSection
+from equimd.training.sections import LastWeights, LossSection, LossWeights
 from equimd.training.validation import evaluate
 
 
@@ -107,9 +107,11 @@ def test_missing_labels_give_no_gradient():
 
 
 def test_weights_switch_in_the_last_part():
-    section = LossSection(energy=1.0, last=LastWeights(energy=50.0, fraction=0.25))
-    assert active_weights(section, 0.74).energy == 1.0
-    assert active_weights(section, 0.75).energy == 50.0
+    section = LossSection(energy=1.0, forces=7.0, stress=3.0, last=LastWeights(energy=50.0, fraction=0.25))
+    assert active_weights(section, 0.74) == LossWeights(energy=1.0, forces=7.0, stress=3.0)
+    assert active_weights(section, 0.75) == LossWeights(energy=50.0, forces=7.0, stress=3.0)
+    staged = LossSection(stages=[{"start": 0.5, "forces": 9.0}], last={"fraction": 0.25, "stress": 0.0, "energy": 2.0})
+    assert active_weights(staged, 0.75) == LossWeights(energy=2.0, forces=9.0, stress=0.0)
 
 
 def test_stages_jump_or_ramp_and_keep_what_they_do_not_name():
@@ -311,3 +313,33 @@ def test_a_metric_without_labels_is_refused(folder, values):
         train(make_recipe(values, folder), folder / "run", progress=False)
     values["validation"] |= {"metric": "energy_mae"}
     assert train(make_recipe(values, folder), folder / "run", progress=False).valid.force_mae is None
+
+
+def test_a_batch_without_a_label_that_counts_changes_nothing(folder, values):
+    frames = read(folder / "train.xyz", ":")
+    for atoms in frames[1:]:
+        atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy())
+    write(folder / "train.xyz", frames, format="extxyz")
+    values |= {"loss": {"energy": 0.0}, "batch": {"n_frames": 1}, "steps": 24, "augmentation": {"rotate": False}}
+    values["validation"]["symmetry_frames"] = 0
+    for name in ("adamw", "muon"):
+        recipe = make_recipe({**values, "optimizer": {"name": name}}, folder)
+        assert train(recipe, folder / name, progress=False).steps == 24  # a label in one of them
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [
+        ({"energy": 0, "forces": 0}, "0"),
+        ({"energy": 0, "stages": [{"start": 0.5, "forces": 0}]}, "0.5"),
+        ({"energy": 0, "forces": 0, "stages": [{"start": 0.25, "energy": 1}]}, "0"),
+        ({"last": {"fraction": 0.25, "energy": 0, "forces": 0}}, "0.75"),
+    ],
+)
+def test_a_loss_that_teaches_nothing_is_refused(values, loss, start):
+    with pytest.raises(InputError, match=f"loss: energy, forces and stress all weigh 0 from {start} of the") as caught:
+        make_recipe({**values, "loss": loss})
+    assert "\n" not in str(caught.value)
+    make_recipe({**values, "loss": loss, "denoising": {}})  # there is noise to find
+    at_once = {"energy": 0, "forces": 0, "stages": [{"start": 0, "energy": 1}]}
+    assert make_recipe({**values, "loss": at_once}).loss.start_without_weights is None

@@ -98,6 +98,16 @@ def test_bagged_members_draw_frames_of_their_own(values, folder):
     assert scales["bagged"][0] != scales["bagged"][1]  # the RMS of other forces
 
 
+def test_one_training_and_an_ensemble_do_not_share_a_folder(values, folder):
+    recipe = make_recipe({**values, "steps": 1}, folder)
+    loop.train(recipe, folder / "one", progress=False)
+    with pytest.raises(InputError, match=r"state.safetensors there is of one training; leave --members out"):
+        train_members(recipe, folder / "one", 2, resume=True, progress=False)
+    (folder / "several" / "member-1").mkdir(parents=True)
+    with pytest.raises(InputError, match="it holds an ensemble; give --members"):
+        loop.train(recipe, folder / "several", resume=True, progress=False)
+
+
 def test_refusals(recipe, folder):
     with pytest.raises(InputError, match="--members is 1; accepted is 2 or more"):
         train_members(recipe, folder / "run", 1, progress=False)

@@ -6,6 +6,7 @@ from equimd.errors import InputError
 from equimd.models.checkpoint import build_potential
 from equimd.models.transformer import TransformerSettings
 from equimd.training import train
+from equimd.training.objective import Objective
 from equimd.training.precision import matmul_precision, precision_error
 from equimd.training.recipe import make_recipe
 
@@ -42,9 +43,17 @@ def test_the_setting_is_put_back():
 
 
 @pytest.mark.parametrize("family", ["transformer", "equivariant"])
-def test_a_training_reports_its_error(folder, values, family, capsys):
+def test_a_training_reports_its_error(folder, values, family, capsys, monkeypatch):
     values |= {"model": TINY[family], "dtype": "float32", "precision": "bf16", "steps": 3}
+    original, used = Objective.loss, []
+
+    def loss(self, *arguments):
+        used.append(torch.get_float32_matmul_precision())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", loss)
     result = train(make_recipe(values, folder), folder / "run")
+    assert used == ["medium"] * 3
     assert result.precision is not None
     assert result.precision.setting == "bf16"
     assert result.precision.start.gradient < 0.1

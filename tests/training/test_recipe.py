@@ -49,6 +49,14 @@ def test_a_typo_is_refused_with_the_nearest_name(values, section, typo, nearest)
         ({"batch": {}}, "n_frames"),
         ({"data": {"train": "a"}}, "data.valid"),
         ({"seed": "x"}, "seed is 'x'"),
+        ({"max_minutes": float("inf")}, "max_minutes is inf: Input should be a finite number"),
+        ({"loss": {"energy": float("inf")}}, "loss.energy is inf: Input should be a finite number"),
+        ({"optimizer": {"betas": [0.9, float("nan")]}}, "optimizer.betas.1 is nan: Input should be a finite number"),
+        ({"model": {"family": "equivariant", "avg_num_neighbors": float("inf")}}, "avg_num_neighbors is inf"),
+        (
+            {"data": {"train": "a", "valid": "b", "isolated_atom_energies": {"H": float("nan")}}},
+            "isolated_atom_energies",
+        ),
     ],
 )
 def test_bad_values_are_one_line(values, change, said):
@@ -93,6 +101,9 @@ def test_isolated_atom_energies_are_checked(tmp_path, values):
         make_recipe(values).isolated_atom_energies()
     values["data"]["isolated_atom_energies"] = "info.json"
     with pytest.raises(InputError, match="cannot read"):
+        make_recipe(values, tmp_path).isolated_atom_energies()
+    (tmp_path / "info.json").write_text('{"isolated_atom_energies": {"H": Infinity}}')
+    with pytest.raises(InputError, match=r"data.isolated_atom_energies of H is inf; accepted are finite numbers of eV"):
         make_recipe(values, tmp_path).isolated_atom_energies()
     (tmp_path / "info.json").write_text("{}")
     with pytest.raises(InputError, match="holds no table"):

@@ -3,10 +3,14 @@
 import errno
 import gc
 import os
+import platform
 import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -19,8 +23,10 @@ from equimd.graph import AtomGraph
 from equimd.models.potential import Potential
 from equimd.training import loop, train
 from equimd.training.distributed import StoppedError
-from equimd.training.memory import OutOfMemoryError, advising
+from equimd.training.memory import OutOfMemoryError, advising, keep_freed_memory
+from equimd.training.objective import Objective
 from equimd.training.recipe import make_recipe
+from equimd.training.validation import Errors
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -68,6 +74,34 @@ def test_passes_add_up_to_the_batch(patchy, values, family, monkeypatch):
     assert difference(patchy / "whole", patchy / "wrong") > 1e-4
 
 
+def test_passes_add_up_with_denoising_and_stress(folder, values, monkeypatch):
+    rng, frames = np.random.default_rng(0), read(folder / "train.xyz", ":")
+    for k, atoms in enumerate(frames):
+        labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        atoms.set_cell(8.0 * np.eye(3))
+        atoms.pbc = True
+        if k % 3:  # passes have different numbers of them
+            labels["stress"] = rng.normal(0, 0.02, 6)
+        if k % 4 == 0:
+            del labels["energy"]
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+    write(folder / "train.xyz", frames, format="extxyz")
+    values |= {"loss": {"stress": 1.0}, "denoising": {"per": "frame", "probability": 0.5, "energy": 0.5}}
+    train(make_recipe(values, folder), folder / "whole", progress=False)
+    values["batch"] = {"n_frames": 6, "max_edges_per_pass": 70}
+    recipe, original = make_recipe(values, folder), loop._Training.add_gradient
+    train(recipe, folder / "passes", progress=False)
+    assert difference(folder / "whole", folder / "passes") < 1e-10  # sums in another order, in float64
+    for term in range(5):  # energies, forces, stress, noise, energies of what is denoised
+
+        def wrong(self, part, fraction, shares, term=term):
+            return original(self, part, fraction, shares.index_fill(0, torch.tensor([term]), 1.0))
+
+        monkeypatch.setattr(loop._Training, "add_gradient", wrong)
+        train(recipe, folder / f"wrong-{term}", progress=False)
+        assert difference(folder / "whole", folder / f"wrong-{term}") > 1e-6
+
+
 def test_out_of_memory_in_a_step_keeps_the_run(folder, values, monkeypatch):
     train(make_recipe(values, folder), folder / "whole", progress=False)
     original = Potential.predict_trainable
@@ -106,7 +140,7 @@ def test_out_of_memory_in_a_validation_keeps_the_run(folder, values, monkeypatch
             raise MemoryError
         return original(self, graph, **options)
 
-    values["validation"]["symmetry_frames"] = 3
+    values["validation"]["symmetry_frames"] = 6
     monkeypatch.setattr(Potential, "forward", forward)
     with pytest.raises(OutOfMemoryError, match=r"in a validation, for 6 frames .*--set validation.max_edges=(\d+)\)"):
         train(make_recipe(values, folder), folder / "run", progress=False)
@@ -118,10 +152,56 @@ def test_out_of_memory_in_a_validation_keeps_the_run(folder, values, monkeypatch
 def test_advice_for_what_cannot_be_divided():
     graph = AtomGraph(positions=torch.zeros(3, 3), edge_index=torch.zeros(2, 6))
     graph.n_systems = 1
-    with pytest.raises(OutOfMemoryError, match="a single frame cannot be divided"), advising("x", graph, "here"):
+    with pytest.raises(OutOfMemoryError, match="a single frame cannot be divided"), advising("x", "here", graph):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    with pytest.raises(RuntimeError, match="another fault"), advising("x", graph, "here"):
+    with pytest.raises(RuntimeError, match="another fault"), advising("x", "here", graph):
         raise RuntimeError("another fault")
+
+
+def test_advice_counts_what_is_denoised(folder, values, monkeypatch):
+    def predict(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Objective, "_denoise", predict)
+    values |= {"denoising": {"probability": 0.98}, "steps": 40}  # whole batches
+    with pytest.raises(OutOfMemoryError, match=r"for 6 frames with .*--set batch.max_edges_per_pass=(\d+)\)") as caught:
+        train(make_recipe(values, folder), folder / "run", progress=False)
+    assert int(str(caught.value).partition("max_edges_per_pass=")[2].partition(")")[0]) > 10
+
+
+@pytest.mark.parametrize("part", ["symmetry", "precision"])
+def test_out_of_memory_beside_the_errors_keeps_the_run(folder, values, monkeypatch, part):
+    values["validation"]["symmetry_frames"] = 6
+    place, name, where = {
+        "symmetry": (Potential, "forward", "in a validation's record of the symmetry"),
+        "precision": (Potential, "predict_trainable", "in the check of the precision"),
+    }[part]
+    if part == "precision":
+        values |= {"dtype": "float32", "precision": "bf16"}
+    else:
+        monkeypatch.setattr(loop, "evaluate", lambda *_: Errors(n_frames=6, force_mae=1.0))
+    recipe, original = make_recipe(values, folder), getattr(place, name)
+    train(recipe, folder / "whole", progress=False)
+    steps = []
+
+    def limited(self, graph, **options):
+        if graph.n_edges > 60 and not (steps if part == "precision" else options.get("create_graph")):
+            raise MemoryError
+        return original(self, graph, **options)
+
+    def step(self, epoch):
+        steps.append(epoch)
+        one_step(self, epoch)
+
+    one_step = loop._Training.step
+    monkeypatch.setattr(loop._Training, "step", step)
+    monkeypatch.setattr(place, name, limited)
+    with pytest.raises(OutOfMemoryError, match=rf"{where}, for .*--set validation.max_edges=(\d+)\)"):
+        train(recipe, folder / "run", progress=False)
+    assert (folder / "run" / "state.safetensors").exists()
+    values["validation"] |= {"max_edges": 60, "symmetry_frames": 5}
+    train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+    assert difference(folder / "whole", folder / "run") == 0.0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -172,6 +252,18 @@ def test_a_full_disk_loses_nothing_whichever_file_finds_it_full(folder, values, 
         train(recipe, run, resume=True, progress=False)
         assert difference(folder / "whole", run) == 0.0
         assert len((run / "metrics.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_where_glibc_can():
+    # In a process of its own, as the setting stays.
+    code = "import sys; from equimd.training.memory import keep_freed_memory; sys.exit(keep_freed_memory() is not True)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_set_without_glibc(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
 
 
 def growth(folder: Path, recipe, monkeypatch, leak: list | None = None) -> int:

@@ -4,8 +4,10 @@ import pytest
 
 from equimd.errors import InputError
 from equimd.training import train
+from equimd.training.distributed import PeerLostError
 from equimd.training.optim import make_optimizers
 from equimd.training.recipe import make_recipe
+from equimd.training.reporting import MetricsFile
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.sections import OptimizerSection, ScheduleSection
 from equimd.training.state import Progress
@@ -116,6 +118,26 @@ def test_a_plateau_reduces_the_rate_of_a_training_and_resumes_bit_for_bit(folder
     assert_same_run(folder / "killed", folder / "whole")
 
 
+def test_a_validation_that_is_not_written_down_does_not_count(folder, values, monkeypatch):
+    from test_loop import assert_same_run
+
+    values |= {"steps": 16, "optimizer": {"lr": 1e-300}, "schedule": {"kind": "plateau", "patience": 1}}
+    recipe, original = make_recipe(values, folder), MetricsFile.append
+    train(recipe, folder / "whole", progress=False)
+
+    def lost(self, row):
+        if row["step"] == 8:
+            raise PeerLostError("another process is gone")
+        original(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "append", lost)
+        with pytest.raises(PeerLostError):
+            train(recipe, folder / "run", progress=False)
+    train(recipe, folder / "run", resume=True, progress=False)
+    assert_same_run(folder / "run", folder / "whole")
+
+
 def test_a_training_without_decay_may_be_extended(folder, values):
     from test_loop import assert_same_run
 
@@ -131,6 +153,69 @@ def test_a_training_without_decay_may_be_extended(folder, values):
     train(make_recipe({**values, "steps": 4}, folder), folder / "linear", progress=False)
     with pytest.raises(InputError, match=r"recipe.steps was 4 and is now 12"):
         train(make_recipe({**values, "steps": 12}, folder), folder / "linear", resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"loss": {"stages": [{"start": 0.5, "energy": 3.0}]}},
+        {"loss": {"last": {"energy": 3.0}}},
+        {"denoising": {"final": 0.5}},
+        {"pretraining": {}},
+    ],
+)
+def test_what_depends_on_the_length_may_not_be_extended(folder, values, section):
+    values |= {"schedule": {"kind": "constant"}, "validation": {"symmetry_frames": 0}, **section}
+    train(make_recipe({**values, "steps": 2}, folder), folder / "run", progress=False)
+    with pytest.raises(InputError, match=r"recipe.steps was 2 and is now 4"):
+        train(make_recipe({**values, "steps": 4}, folder), folder / "run", resume=True, progress=False)
+
+
+def test_even_denoising_may_be_extended(folder, values):
+    values |= {"schedule": {"kind": "constant"}, "denoising": {"final": 1.0}}
+    for steps in (2, 4):
+        recipe = make_recipe({**values, "steps": steps}, folder)
+        assert train(recipe, folder / "run", resume=steps > 2, progress=False).steps == steps
+
+
+def test_fitted_energies_may_differ_in_the_last_digits_at_a_resume(folder, values, monkeypatch):
+    from equimd.training import dataset
+
+    values |= {"steps": 2, "data": {**values["data"], "isolated_atom_energies": None}}
+    recipe, original = make_recipe(values, folder), dataset.isolated_atom_energies
+    train(recipe, folder / "run", progress=False)
+
+    def elsewhere(*arguments):
+        found = original(*arguments)
+        return found.model_copy(update={"energies": {z: e * (1 + 1e-15) for z, e in found.energies.items()}})
+
+    monkeypatch.setattr(dataset, "isolated_atom_energies", elsewhere)
+    assert train(recipe, folder / "run", resume=True, progress=False).steps == 2
+    values["data"]["isolated_atom_energies"] = {"H": -10.0, "C": -48.0, "O": -102.0}
+    with pytest.raises(InputError, match=r"recipe.data.isolated_atom_energies was None and is now"):
+        train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+
+
+def test_a_training_that_is_longer_than_it_should_be_ends(folder, values, monkeypatch):
+    from test_loop import Killed
+
+    from equimd.training import loop
+
+    values |= {"schedule": {"kind": "constant", "warmup_steps": 2}, "steps": None}
+    values["checkpoint"] = {"steps": 1, "minutes": None}
+    original = loop._Training.step
+
+    def dies(self, *arguments):
+        if self.progress.step == 14:  # in the fourth of epochs of 4 steps
+            raise Killed
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe({**values, "epochs": 5}, folder), folder / "run", progress=False)
+    result = train(make_recipe({**values, "epochs": 2}, folder), folder / "run", resume=True, progress=False)
+    assert (result.steps, result.stopped) == (14, "finished")
 
 
 def test_the_end_of_an_extended_training_by_epochs(folder, values):

@@ -1,11 +1,15 @@
 """Small labelled data sets and recipes; the labels are those of a spring model, so that there is something to learn."""
 
+from pathlib import Path
+
 import numpy as np
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.graph import batch_graphs, graph_from_arrays
+from equimd.models.checkpoint import read_tensors
+from equimd.training.state import FORMAT
 
 E0 = {"H": -10.0, "C": -48.0, "O": -102.0}
 
@@ -51,6 +55,12 @@ TINY = {
         "zbl": False,
     },
 }
+
+
+def steps_of(run: Path) -> int:
+    """Those of the state of a training; -1 without one."""
+    state = run / "state.safetensors"
+    return read_tensors(state, FORMAT)[0]["progress"]["step"] if state.exists() else -1
 
 
 def labelled_graph(potential):

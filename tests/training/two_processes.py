@@ -28,7 +28,7 @@ def signalled(self, epoch):
 
 def without_memory(self, part, *rest):
     if self.progress.step == 7 and RANK == 1:
-        with loop.advising("batch.max_edges_per_pass", part.usual, "here"):
+        with loop.advising("batch.max_edges_per_pass", "here", part.usual):
             raise torch.OutOfMemoryError("CUDA out of memory")
     return add_gradient(self, part, *rest)
 
