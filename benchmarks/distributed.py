@@ -4,8 +4,8 @@
 
 The shipped ethanol recipes, as ``torchrun --nproc-per-node=2 -m equimd train`` and as one process with the same batch,
 each on one thread: the largest difference of weights after some steps in float64, frames/s in float32; then a training
-of two, one of which gets SIGKILL: seconds until the other has ended, and whether one process resumes what it left. Writes
-benchmarks/results/distributed.json and the table in benchmarks/README.md. About four minutes.
+of two, one of which gets SIGKILL: seconds until the other has ended, and whether one process resumes what it left.
+Writes benchmarks/results/distributed.json and the table in benchmarks/README.md. About four minutes.
 """
 
 import argparse
