@@ -15,13 +15,13 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
-from equimd.frames.checks import N_CHECKED, check_plausible
+from equimd.frames.checks import N_CHECKED, check_plausible, check_species
 from equimd.frames.fingerprints import WIDTH, fingerprints
 from equimd.frames.labels import labels_of, not_finite
 from equimd.neighbors import neighbor_list
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 IN_MEMORY = 4 << 20
@@ -176,11 +176,11 @@ class Packer:
         return FrameArrays(joined, meta)
 
     def _append(self, frames: list[tuple[int, Atoms]], first: int, name: str, is_first: bool) -> None:
+        chunk, bad = pack(frames, self.cutoff, name)
         if is_first:
             checked = frames[:N_CHECKED]
             messages = check_plausible([atoms for _, atoms in checked], [index for index, _ in checked])
             self._implausible += [(len(self._files), message) for message in messages]
-        chunk, bad = pack(frames, self.cutoff, name)
         chunk["index"] += first
         bad = [(first + index, what) for index, what in bad]
         self._not_finite += bad
@@ -225,6 +225,7 @@ def pack(
             if value is not None and not np.isfinite(value).all():
                 bad.append((index, not_finite(label, np.asarray(value))))
         try:
+            check_species(atoms.numbers)
             edges, shifts = neighbor_list(positions, cell, pbc, cutoff)
         except InputError as error:
             raise InputError(f"{name}, frame {index}: {error}") from error

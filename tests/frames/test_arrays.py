@@ -7,7 +7,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
-from equimd.frames.arrays import FIELDS, FRAMES_PER_CHUNK, Packer, open_arrays
+from equimd.frames.arrays import FIELDS, FORMAT_VERSION, FRAMES_PER_CHUNK, Packer, open_arrays
 from equimd.frames.compositions import fit_atomic_energies
 from equimd.frames.fingerprints import TOLERANCE, duplicates_between, duplicates_within
 from equimd.rotations import random_rotations
@@ -85,7 +85,7 @@ def test_what_is_not_whole_is_not_opened(tmp_path, damage):
         (tmp_path / "meta.json").write_text("{")
     else:
         text = (tmp_path / "meta.json").read_text()
-        (tmp_path / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
+        (tmp_path / "meta.json").write_text(text.replace(f'"format": {FORMAT_VERSION}', '"format": 0'))
     assert open_arrays(tmp_path) is None
 
 
@@ -102,6 +102,14 @@ def test_bad_frames_are_named():
     frames = ethanols(3)
     frames[2].positions[4, 1] = np.nan
     with pytest.raises(InputError, match=r"a.xyz, frame 2: positions of atom 4"):
+        packed(frames)
+
+
+@pytest.mark.parametrize("number", [0, -1, 119, 300])
+def test_what_is_no_element_is_refused(number):
+    frames = ethanols(3)
+    frames[1].numbers[4] = number
+    with pytest.raises(InputError, match=f"a.xyz, frame 1: atomic number {number} is no element; accepted: 1 to 118"):
         packed(frames)
 
 
