@@ -157,6 +157,22 @@ def test_what_differs_by_more_than_rounding_is_no_duplicate(make):
     assert duplicates_between(packed(known), packed(gold)) == []
 
 
+def dimer(symbols: str, distance: float) -> Atoms:
+    return Atoms(symbols, [[0.0, 0.0, 0.0], [distance, 0.0, 0.0]], cell=[30.0] * 3, pbc=True)
+
+
+def test_frames_without_neighbours_are_no_duplicates_of_each_other():
+    arrays = packed([dimer("ArAr", 6.0), dimer("ArAr", 8.0), dimer("ArKr", 8.0)], cutoff=4.0)
+    assert duplicates_within(arrays) == []
+    near = packed([dimer("ArAr", 3.0), dimer("ArAr", 3.0)], cutoff=4.0)
+    assert duplicates_within(near) == [(1, 0)]
+
+
+def test_elements_beyond_the_cutoff_count():
+    frames = [dimer("ArAr", 3.0) + Atoms(symbol, [[15.0] * 3]) for symbol in ("Ar", "Kr")]
+    assert duplicates_within(packed(frames, cutoff=4.0)) == []
+
+
 def test_many_copies_of_one_frame_are_one_group():
     frames = ethanols(3)
     arrays = packed([frames[0]] * 5 + frames[1:])
