@@ -123,7 +123,8 @@ def _move_results(atoms: Atoms, keys: LabelKeys) -> None:
     atoms.calc = None
     for name, value in held.items():
         wanted = name in ("energy", "stress") and getattr(keys, name) in (None, name)
-        if wanted or (name == "free_energy" and "energy" not in held and keys.energy in (None, name)):
+        last_resort = name == "free_energy" and keys.energy is None and "energy" not in held
+        if wanted or last_resort or name == keys.energy == "free_energy":
             atoms.info[name] = value
         elif name == "forces" and keys.forces in (None, name):
             atoms.arrays[name] = value
