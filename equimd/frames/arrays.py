@@ -4,6 +4,7 @@ Every array is the concatenation over frames. Files are raw numbers, one file fo
 opened: of a large set only what is looked at is read, and the operating system may drop it again.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from ase import Atoms
 
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 from equimd.frames.checks import N_CHECKED, check_plausible, check_species
 from equimd.frames.fingerprints import WIDTH, fingerprints
 from equimd.frames.labels import labels_of, not_finite
@@ -24,6 +25,7 @@ from equimd.results import write_text_atomically
 FORMAT_VERSION = 2
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
+_NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
 """Bytes up to which arrays are held in memory instead of files."""
 
@@ -281,7 +283,8 @@ class _Writer:
         }
         write_text_atomically(self.folder / META_FILE, json.dumps({**meta, "fields": fields}, indent=1))
         opened = open_arrays(self.folder)
-        assert opened is not None
+        if opened is None:
+            raise FailedError(f"{self.folder}: files that were just written are gone or not whole; run again")
         return opened
 
     def close(self) -> None:
@@ -308,7 +311,10 @@ class _Writer:
 def open_arrays(folder: Path) -> FrameArrays | None:
     """The arrays of a folder, mapped into memory; None where there are none, or not all of them, or of another format.
 
-    The mapping is private: what is written to the arrays stays in memory.
+    They cannot be written to: pages of a private mapping that can be would count as memory, all of them.
+
+    Raises:
+        OSError: where memory or open files are at their limit.
     """
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
@@ -322,11 +328,13 @@ def open_arrays(folder: Path) -> FrameArrays | None:
                 return None
             rows = stored["bytes"] // (dtype.itemsize * int(np.prod(shape)))
             whole = (rows, *shape)
-            arrays[name] = np.memmap(path, dtype, mode="c", shape=whole) if rows else np.zeros(whole, dtype)
+            arrays[name] = np.memmap(path, dtype, mode="r", shape=whole) if rows else np.zeros(whole, dtype)
         opened = FrameArrays(arrays, meta, folder)
         n_atoms, n_edges = int(opened.atom_start[-1]), int(opened.edge_start[-1])
         lengths = {name: len(opened) for name in FRAME_FIELDS}
         lengths |= dict.fromkeys(ATOM_FIELDS, n_atoms) | dict.fromkeys(EDGE_FIELDS, n_edges)
         return opened if all(len(arrays[name]) == length for name, length in lengths.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in _NOT_FOR_WANT_OF_FILES:
+            raise
         return None

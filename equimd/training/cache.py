@@ -70,10 +70,16 @@ def frame_arrays(request: Request, progress: bool = False) -> FrameArrays:
 
     Raises:
         InputError: for a missing or malformed file, labels that are not finite, no frames at all.
-        FailedError: for a full disk.
+        FailedError: for a full disk, or where memory or open files are at their limit.
     """
     entry = graphs_folder() / _key(request)
-    found = open_arrays(entry)
+    try:
+        found = open_arrays(entry)
+    except OSError as error:
+        raise FailedError(
+            f"cannot map the graphs of {request.name} from {entry}: {error.strerror or error}; raise the limits of"
+            " address space and of open files (ulimit -v, ulimit -n)"
+        ) from error
     if found is None:
         return _build(request, entry, progress)
     with contextlib.suppress(OSError):

@@ -181,6 +181,18 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
     assert not [path for path in kept.iterdir() if path.is_dir()]
 
 
+def test_limits_of_memory_are_one_line(kept, request_, monkeypatch):
+    frame_arrays(request_)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", full)
+        with pytest.raises(FailedError, match=r"cannot map the graphs of .*a.xyz .*: Cannot allocate memory"):
+            frame_arrays(request_)
+
+
 def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(tmp_path, monkeypatch, request_):
     (tmp_path / "file").write_text("no folder can be made here")
     monkeypatch.setattr(cache, "graphs_folder", lambda: tmp_path / "file" / "graphs")
