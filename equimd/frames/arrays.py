@@ -25,6 +25,8 @@ from equimd.results import write_text_atomically
 FORMAT_VERSION = 2
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
+ATOMS_PER_CHUNK = 20_000
+_NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
 _NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
 """Bytes up to which arrays are held in memory instead of files."""
@@ -92,14 +94,17 @@ class FrameArrays:
         return np.linalg.norm(vectors, axis=1), i, j
 
     def chunks(self, n_frames: int = 4096) -> Iterator[tuple[slice, slice, slice]]:
-        """Ranges of frames, of their atoms and of their edges that cover the set."""
-        for start in range(0, len(self), n_frames):
-            stop = min(start + n_frames, len(self))
+        """Ranges of frames, of their atoms and of their edges that cover the set; large frames make them shorter."""
+        size, start = self.atom_start + self.edge_start, 0
+        while start < len(self):
+            within = int(np.searchsorted(size, size[start] + _NUMBERS_PER_CHUNK, side="right")) - 1
+            stop = min(max(within, start + 1), start + n_frames, len(self))
             yield (
                 slice(start, stop),
                 slice(self.atom_start[start], self.atom_start[stop]),
                 slice(self.edge_start[start], self.edge_start[stop]),
             )
+            start = stop
 
 
 class Packer:
@@ -140,6 +145,7 @@ class Packer:
         """
         first, index, is_first = sum(self._files), -1, True
         held: list[tuple[int, Atoms]] = []
+        n_atoms = 0
         for index, atoms in frames:
             if is_isolated_atom(atoms):
                 energy = labels_of(atoms)["energy"]
@@ -147,9 +153,10 @@ class Packer:
                     self._isolated[int(atoms.numbers[0])] = energy
                 continue
             held.append((index, atoms))
-            if len(held) == FRAMES_PER_CHUNK:
+            n_atoms += len(atoms)
+            if len(held) == FRAMES_PER_CHUNK or n_atoms >= ATOMS_PER_CHUNK:
                 self._append(held, first, name, is_first)
-                held, is_first = [], False
+                held, n_atoms, is_first = [], 0, False
         if held:
             self._append(held, first, name, is_first)
         self._files.append(index + 1 if n_frames is None else n_frames)

@@ -62,6 +62,25 @@ def test_files_hold_what_memory_holds(tmp_path):
         files["energy"][0] = 7.0
 
 
+def test_chunks_of_large_frames_are_short(monkeypatch):
+    from equimd.frames import arrays as module
+
+    sizes, original = [], module.pack
+    monkeypatch.setattr(module, "pack", lambda frames, *rest: sizes.append(len(frames)) or original(frames, *rest))
+    monkeypatch.setattr(module, "ATOMS_PER_CHUNK", 18)
+    arrays = packed(ethanols(5))
+    assert sizes == [2, 2, 1]
+    each = 9 + int(arrays["n_edges"][0])
+    for limit, expected in ((2 * each + 5, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(module, "_NUMBERS_PER_CHUNK", limit)
+        chunks = list(arrays.chunks())
+        assert [frames.stop - frames.start for frames, _, _ in chunks] == expected
+        assert [len(arrays["edges"][edges]) for _, _, edges in chunks] == [
+            int(arrays["n_edges"][frames].sum()) for frames, _, _ in chunks
+        ]
+    assert [frames.stop - frames.start for frames, _, _ in arrays.chunks(3)] == [1] * 5
+
+
 def test_integers_grow_with_what_they_hold(tmp_path):
     many = Atoms("H40000", positions=np.arange(40000)[:, None] * [1.5, 0.0, 0.0])
     frames = [*ethanols(FRAMES_PER_CHUNK), many]
