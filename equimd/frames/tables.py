@@ -1,6 +1,7 @@
 """Labelled sets in ASE databases, fairchem's `.aselmdb` among them, and in whatever else ASE reads."""
 
 import json
+import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,24 @@ from equimd.frames.labels import STRESS_NAMES, VIRIAL_NAMES, LabelKeys, UnitSpec
 # Columns of a row that ASE wants as arrays, which JSON may hold as lists.
 _ROW_ARRAYS = {"numbers", "positions", "cell", "pbc", "forces", "stress", "momenta", "charges", "magmoms"}
 _ROW_ARRAYS |= {"initial_charges", "initial_magmoms", "masses", "tags", "dipole"}
+_ROWS_PER_PAGE = 1000
 
 
 def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) -> Iterator[Atoms]:
     """Rows of an ASE database: labels from its calculator, key-value pairs, or data (where SchNetPack keeps them).
 
     SchNetPack's `_property_unit_dict` and `_distance_unit` are honoured where no units are given.
-    """
-    from ase.db import connect
 
-    database: Any = connect(path)
-    spec = unit_spec or _database_units(path, dict(database.metadata), keys)
-    for index, row in enumerate(database.select()):
-        yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+    Raises:
+        InputError: for a file that is damaged, or no database.
+    """
+    with _open_database(path) as database:
+        spec = unit_spec or _database_units(path, dict(database.metadata), keys)
+        index, last = 0, 0  # ASE fetches at once whatever is selected
+        while rows := list(database.select(f"id>{last}", sort="id", limit=_ROWS_PER_PAGE)):
+            for row in rows:
+                yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+                index, last = index + 1, row.id
 
 
 def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
@@ -51,9 +57,18 @@ def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atom
 
 def count_database(path: Path) -> int:
     """Number of rows."""
+    with _open_database(path) as database:
+        return database.count()
+
+
+@contextmanager
+def _open_database(path: Path) -> Iterator[Any]:
     from ase.db import connect
 
-    return connect(path).count()
+    try:
+        yield connect(path)
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted: a whole database of ASE") from error
 
 
 class LmdbSet:

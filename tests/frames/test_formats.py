@@ -107,6 +107,43 @@ def test_schnetpack_databases_name_their_units(tmp_path, arrays):
     np.testing.assert_allclose(atoms.get_forces(), forces * KCAL_PER_MOL)
 
 
+def test_databases_are_read_page_by_page(tmp_path, monkeypatch):
+    from ase.db import connect
+    from ase.db.sqlite import SQLite3Database
+
+    from equimd.frames import tables
+
+    with connect(tmp_path / "a.db") as database:
+        for k in range(7):
+            database.write(Atoms("H"), REF_energy=float(k))
+        database.delete([3])
+    original, limits = SQLite3Database._select, []
+
+    def watched(self, *given, **options):
+        limits.append(options["limit"])
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(SQLite3Database, "_select", watched)
+    monkeypatch.setattr(tables, "_ROWS_PER_PAGE", 2)
+    energies = [labels_of(atoms)["energy"] for atoms in read_frames(tmp_path / "a.db")]
+    assert energies == [0.0, 1.0, 3.0, 4.0, 5.0, 6.0]
+    assert limits == [2] * 4
+
+
+def test_a_damaged_database_is_named(tmp_path):
+    from ase.db import connect
+
+    path = tmp_path / "a.db"
+    with connect(path) as database:
+        for _ in range(50):
+            database.write(molecule("C6H6"))
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(InputError, match=r"a.db: cannot be read \(.*\); accepted: a whole database"):
+        read_list(path)
+    with pytest.raises(InputError, match=r"a.db: cannot be read"):
+        len(read_frames(path))
+
+
 def test_units_of_a_database_are_those_of_the_named_energy(tmp_path, arrays):
     from ase.db import connect
 
