@@ -197,7 +197,7 @@ def _read(request: Request, key: str, make_folder: Callable[[], Path], progress:
     counts: list[int | None] = [None] * len(files)
     chosen: np.ndarray | None = None
     if request.n_frames is not None:
-        counts = [len(file) for file in files]
+        counts = [_count(file) for file in files]
         chosen = subset(sum(map(int, counts)), request.n_frames, request.seed)  # type: ignore[arg-type]
     with Packer(request.cutoff, make_folder) as packer, _progress(request, files, progress) as seen:
         first = 0
@@ -208,12 +208,27 @@ def _read(request: Request, key: str, make_folder: Callable[[], Path], progress:
                 wanted = np.zeros(count, dtype=bool)
                 wanted[chosen[(chosen >= first) & (chosen < first + count)] - first] = True
                 first += count
-            packer.add_file(seen(_chosen(file, wanted)), str(path), count)
+            packer.add_file(seen(_readable(_chosen(file, wanted), path)), str(path), count)
         arrays = packer.finish(key=key)
     if not len(arrays):
         only = " but isolated atoms" if arrays.meta["isolated_atoms"] else ""
         raise InputError(f"{request.name} holds no frames{only}; at least one is needed")
     return arrays
+
+
+def _count(file: Frames) -> int:
+    try:
+        return len(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
+def _readable(frames: Iterator[tuple[int, Atoms]], path: Path) -> Iterator[tuple[int, Atoms]]:
+    """The frames; errors of the system while they are read are no errors of the folder that they are written to."""
+    try:
+        yield from frames
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _chosen(file: Frames, wanted: np.ndarray | None) -> Iterator[tuple[int, Atoms]]:

@@ -14,8 +14,8 @@ import torch
 from training_samples import E0, spring_frames
 
 from equimd.errors import FailedError, InputError
+from equimd.frames import Frames, read_frames, write_frames
 from equimd.frames import arrays as arrays_module
-from equimd.frames import read_frames, write_frames
 from equimd.frames.arrays import Packer
 from equimd.training import cache
 from equimd.training.cache import Request, file_sha256, frame_arrays, graphs_folder
@@ -179,6 +179,16 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
     with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz .*: No space left .* set EQUIMD_CACHE"):
         frame_arrays(request_)
     assert not [path for path in kept.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("n_frames", [None, 5])
+def test_an_error_while_reading_is_told_of_the_file(kept, request_, monkeypatch, n_frames):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Frames, "select" if n_frames is None else "__len__", fails)
+    with pytest.raises(InputError, match=r"cannot read .*a.xyz: Input/output error"):
+        frame_arrays(Request(request_.paths, None, None, 3.0, n_frames))
 
 
 def test_limits_of_memory_are_one_line(kept, request_, monkeypatch):
