@@ -98,8 +98,8 @@ DEFAULT_KEYS = LabelKeys()
 def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
     """Scale the geometry to Å and move the labels out of `info` and `arrays` into a `SinglePointCalculator`.
 
-    `where` names file and frame in messages. The frame is changed in place and returned. The calculator is there without
-    labels too: then the frame has none, whatever other names `info` and `arrays` still hold.
+    `where` names file and frame in messages. The frame is changed in place and returned. The calculator is there
+    without labels too: then the frame has none, whatever other names `info` and `arrays` still hold.
 
     Raises:
         InputError: if two names carry different values, a label is not a number, or its shape does not fit.

@@ -197,8 +197,6 @@ def describe_duplicates(
         raise AssertionError("an index lies within the files")
 
     kind = {"train": "training", "valid": "validation"}[known]
-    shown = ", ".join(
-        f"{name(other, split, k)} ({kind} frame {name(arrays, known, p)})" for k, p in pairs[:_N_SHOWN]
-    )
+    shown = ", ".join(f"{name(other, split, k)} ({kind} frame {name(arrays, known, p)})" for k, p in pairs[:_N_SHOWN])
     more = ", ..." if len(pairs) > _N_SHOWN else ""
     return f"{len(pairs)} of {len(other)} frames of data.{split} are in the {kind} set too: {shown}{more}"
