@@ -40,6 +40,7 @@ from equimd.training.data import subset
 _REMEMBERED = 1 << 20  # bytes from which on the hash of a file is remembered
 _SETTLED_SECONDS = 2.0  # a file that changed just now may change again within the resolution of its time stamp
 _UNUSED_SECONDS = 90 * 24 * 3600.0
+_ABANDONED_SECONDS = 7 * 24 * 3600.0  # a build that was killed; no build takes so long
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -292,6 +293,11 @@ def _delete_unused(folder: Path) -> None:
                     shutil.rmtree(path.parent, ignore_errors=True)
                 else:
                     path.unlink()
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(one.stat().st_mtime for one in (path, *path.iterdir()))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @functools.cache

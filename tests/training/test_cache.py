@@ -155,6 +155,21 @@ def test_leftovers_of_a_killed_build_are_removed(kept, request_):
     assert not list(kept.glob("*.tmp"))
 
 
+def test_leftovers_of_other_builds_are_removed_when_they_are_old(kept, request_):
+    old, grows, young = (kept / f"{name}.abc.tmp" for name in ("old", "grows", "young"))
+    for folder in (old, grows, young):
+        folder.mkdir(parents=True)
+        (folder / "positions.bin").write_bytes(b"half")
+    long_ago = (time.time() - 30 * 86400,) * 2
+    os.utime(old / "positions.bin", long_ago)
+    os.utime(old, long_ago)
+    os.utime(grows, long_ago)
+    frame_arrays(request_)
+    assert not old.exists()
+    assert grows.exists()
+    assert young.exists()
+
+
 def test_entries_that_nobody_uses_are_deleted(kept, request_, tmp_path):
     old = frame_arrays(request_).folder
     assert old is not None
