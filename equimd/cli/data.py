@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equimd.cli.common import Json, Keys, Topology, Units, check_json, emit, grid, number, open_frames, progress
+from equimd.errors import FailedError
 
 if TYPE_CHECKING:
     from equimd.report.inspection import Comparison, Inspection
@@ -38,11 +39,22 @@ def inspect(
     if figure is not None:
         check_figure(figure)
     opened = [open_frames(file, topology, unit, key, finite=False) for file in files]
+    failure: FailedError | None = None
+
+    def draw(names: Any, surveys: Any) -> None:
+        nonlocal failure
+        assert figure is not None
+        try:
+            write_figure(figure, names, surveys)
+        except FailedError as error:  # after the numbers
+            failure = error
+
     with progress() as stages:
-        draw = None if figure is None else lambda names, surveys: write_figure(figure, names, surveys)
-        result = inspect_files(opened, cutoff, stages, draw)
+        result = inspect_files(opened, cutoff, stages, None if figure is None else draw)
     looked = result.files if isinstance(result, Comparison) else [result]
-    emit(result, json, lambda: _show(looked, result, unit or [], figure))
+    emit(result, json, lambda: _show(looked, result, unit or [], None if failure else figure))
+    if failure is not None:
+        raise failure
 
 
 def _show(looked: "list[Inspection]", result: "Inspection | Comparison", units: list[str], figure: Path | None) -> Any:

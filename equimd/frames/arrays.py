@@ -4,6 +4,7 @@ Every array is the concatenation over frames. Files are raw numbers, one file fo
 opened: of a large set only what is looked at is read, and the operating system may drop it again.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,16 +15,19 @@ from typing import IO, Any
 import numpy as np
 from ase import Atoms
 
-from equimd.errors import InputError
-from equimd.frames.checks import N_CHECKED, check_plausible
+from equimd.errors import FailedError, InputError
+from equimd.frames.checks import N_CHECKED, check_plausible, check_species
 from equimd.frames.fingerprints import WIDTH, fingerprints
 from equimd.frames.labels import labels_of, not_finite
 from equimd.neighbors import neighbor_list
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
+ATOMS_PER_CHUNK = 20_000
+_NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
+_NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
 """Bytes up to which arrays are held in memory instead of files."""
 
@@ -90,14 +94,17 @@ class FrameArrays:
         return np.linalg.norm(vectors, axis=1), i, j
 
     def chunks(self, n_frames: int = 4096) -> Iterator[tuple[slice, slice, slice]]:
-        """Ranges of frames, of their atoms and of their edges that cover the set."""
-        for start in range(0, len(self), n_frames):
-            stop = min(start + n_frames, len(self))
+        """Ranges of frames, of their atoms and of their edges that cover the set; large frames make them shorter."""
+        size, start = self.atom_start + self.edge_start, 0
+        while start < len(self):
+            within = int(np.searchsorted(size, size[start] + _NUMBERS_PER_CHUNK, side="right")) - 1
+            stop = min(max(within, start + 1), start + n_frames, len(self))
             yield (
                 slice(start, stop),
                 slice(self.atom_start[start], self.atom_start[stop]),
                 slice(self.edge_start[start], self.edge_start[stop]),
             )
+            start = stop
 
 
 class Packer:
@@ -138,6 +145,7 @@ class Packer:
         """
         first, index, is_first = sum(self._files), -1, True
         held: list[tuple[int, Atoms]] = []
+        n_atoms = 0
         for index, atoms in frames:
             if is_isolated_atom(atoms):
                 energy = labels_of(atoms)["energy"]
@@ -145,9 +153,10 @@ class Packer:
                     self._isolated[int(atoms.numbers[0])] = energy
                 continue
             held.append((index, atoms))
-            if len(held) == FRAMES_PER_CHUNK:
+            n_atoms += len(atoms)
+            if len(held) == FRAMES_PER_CHUNK or n_atoms >= ATOMS_PER_CHUNK:
                 self._append(held, first, name, is_first)
-                held, is_first = [], False
+                held, n_atoms, is_first = [], 0, False
         if held:
             self._append(held, first, name, is_first)
         self._files.append(index + 1 if n_frames is None else n_frames)
@@ -176,11 +185,11 @@ class Packer:
         return FrameArrays(joined, meta)
 
     def _append(self, frames: list[tuple[int, Atoms]], first: int, name: str, is_first: bool) -> None:
+        chunk, bad = pack(frames, self.cutoff, name)
         if is_first:
             checked = frames[:N_CHECKED]
             messages = check_plausible([atoms for _, atoms in checked], [index for index, _ in checked])
             self._implausible += [(len(self._files), message) for message in messages]
-        chunk, bad = pack(frames, self.cutoff, name)
         chunk["index"] += first
         bad = [(first + index, what) for index, what in bad]
         self._not_finite += bad
@@ -225,6 +234,7 @@ def pack(
             if value is not None and not np.isfinite(value).all():
                 bad.append((index, not_finite(label, np.asarray(value))))
         try:
+            check_species(atoms.numbers)
             edges, shifts = neighbor_list(positions, cell, pbc, cutoff)
         except InputError as error:
             raise InputError(f"{name}, frame {index}: {error}") from error
@@ -280,7 +290,8 @@ class _Writer:
         }
         write_text_atomically(self.folder / META_FILE, json.dumps({**meta, "fields": fields}, indent=1))
         opened = open_arrays(self.folder)
-        assert opened is not None
+        if opened is None:
+            raise FailedError(f"{self.folder}: files that were just written are gone or not whole; run again")
         return opened
 
     def close(self) -> None:
@@ -307,7 +318,10 @@ class _Writer:
 def open_arrays(folder: Path) -> FrameArrays | None:
     """The arrays of a folder, mapped into memory; None where there are none, or not all of them, or of another format.
 
-    The mapping is private: what is written to the arrays stays in memory.
+    They cannot be written to: pages of a private mapping that can be would count as memory, all of them.
+
+    Raises:
+        OSError: where memory or open files are at their limit.
     """
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
@@ -321,11 +335,13 @@ def open_arrays(folder: Path) -> FrameArrays | None:
                 return None
             rows = stored["bytes"] // (dtype.itemsize * int(np.prod(shape)))
             whole = (rows, *shape)
-            arrays[name] = np.memmap(path, dtype, mode="c", shape=whole) if rows else np.zeros(whole, dtype)
+            arrays[name] = np.memmap(path, dtype, mode="r", shape=whole) if rows else np.zeros(whole, dtype)
         opened = FrameArrays(arrays, meta, folder)
         n_atoms, n_edges = int(opened.atom_start[-1]), int(opened.edge_start[-1])
         lengths = {name: len(opened) for name in FRAME_FIELDS}
         lengths |= dict.fromkeys(ATOM_FIELDS, n_atoms) | dict.fromkeys(EDGE_FIELDS, n_edges)
         return opened if all(len(arrays[name]) == length for name, length in lengths.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in _NOT_FOR_WANT_OF_FILES:
+            raise
         return None

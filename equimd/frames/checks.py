@@ -33,7 +33,7 @@ def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
         raise InputError(f"the position of atom {bad[0]} is {atoms.positions[bad[0]]}; accepted: finite numbers")
     if not np.isfinite(atoms.cell.array).all():
         raise InputError(f"the cell is {atoms.cell.array.tolist()}; accepted: finite numbers")
-    _check_species(atoms.numbers, species)
+    check_species(atoms.numbers, species)
     periodic = np.asarray(atoms.pbc, dtype=bool)
     vectors = atoms.cell.array[periodic]
     if periodic.any() and np.linalg.matrix_rank(vectors, tol=1e-6) < len(vectors):
@@ -45,7 +45,8 @@ def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
         )
 
 
-def _check_species(numbers: np.ndarray, species: Sequence[int] | None) -> None:
+def check_species(numbers: np.ndarray, species: Sequence[int] | None = None) -> None:
+    """Refuse numbers that are no atomic numbers, and elements that are not in `species`."""
     present = set(np.unique(numbers).tolist())
     impossible = sorted(number for number in present if not 1 <= number < len(chemical_symbols))
     if impossible:

@@ -94,9 +94,14 @@ def _search(known: "FrameArrays", others: "FrameArrays") -> Iterator[tuple[int, 
 
 
 def _equal(a: "FrameArrays", p: int, b: "FrameArrays", q: int) -> bool:
-    """Whether all distances between atoms of the same elements agree."""
+    """Whether the elements and all distances between atoms of the same elements agree; without distances nothing does.
+
+    Only those within the cutoff are known where frames are periodic or large.
+    """
+    if not np.array_equal(np.sort(a.frame(p)["numbers"]), np.sort(b.frame(q)["numbers"])):
+        return False
     one, other = _distances(a, p), _distances(b, q)
-    if one.keys() != other.keys() or a["n_atoms"][p] != b["n_atoms"][q]:
+    if one.keys() != other.keys() or not one:
         return False
     tolerance = 2.0 * np.sqrt(3.0) * TOLERANCE
     edge = float(a.meta["cutoff"]) - tolerance

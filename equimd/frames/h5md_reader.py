@@ -14,7 +14,7 @@ from ase.data import atomic_masses, atomic_numbers
 
 from equimd import units
 from equimd.errors import InputError
-from equimd.frames.labels import UnitSpec, to_voigt
+from equimd.frames.labels import UnitSpec, not_finite, to_voigt
 from equimd.frames.transaction import recover
 
 FRAMES_PER_CHUNK = 100
@@ -52,11 +52,14 @@ class H5MDReader:
 
     Units come from the file's `unit` attributes; without them, from `unit_spec`, or else eV, Å and fs with a notice.
     Elements come from `numbers` if given, else from the file's species: names, an enumeration, or atomic numbers, which
-    must agree with the masses.
+    must agree with the masses. A label that is NaN throughout is one that the frame has not; one that is not finite in
+    part is refused, or passed on without `finite`, but for a stress that is NaN in part.
     """
 
-    def __init__(self, path: Path, unit_spec: UnitSpec | None = None, numbers: np.ndarray | None = None):
-        self.path, self._units, self._numbers = path, unit_spec, numbers
+    def __init__(
+        self, path: Path, unit_spec: UnitSpec | None = None, numbers: np.ndarray | None = None, finite: bool = True
+    ):
+        self.path, self._units, self._numbers, self._finite = path, unit_spec, numbers, finite
         self._noticed = False
 
     def count(self) -> int:
@@ -110,7 +113,7 @@ class H5MDReader:
                 atoms.info["step"] = int(step)
                 if times is not None:
                     atoms.info["time_fs"] = float(times[start + k])
-                _attach(atoms, frame)
+                _attach(atoms, frame, f"{self.path}, frame {start + k}", self._finite)
                 yield atoms
 
     def _read(self, series: _Series, steps: np.ndarray) -> list[np.ndarray | None]:
@@ -231,17 +234,19 @@ class H5MDReader:
             )
 
 
-def _attach(atoms: Atoms, frame: dict[str, np.ndarray]) -> None:
+def _attach(atoms: Atoms, frame: dict[str, np.ndarray], where: str, finite: bool) -> None:
     if "velocity" in frame and np.isfinite(frame["velocity"]).all():
         atoms.set_velocities(frame["velocity"] * units.ASE_TIME_FS)
+    labels = {"energy": frame.get("potential_energy"), "forces": frame.get("force"), "stress": frame.get("stress")}
     results: dict[str, Any] = {}
-    energy, forces, stress = (frame.get(name) for name in ("potential_energy", "force", "stress"))
-    if energy is not None and np.isfinite(energy).all():
-        results["energy"] = float(energy)
-    if forces is not None and np.isfinite(forces).all():
-        results["forces"] = forces
-    if stress is not None and np.isfinite(stress).all() and stress.shape == (3, 3):
-        results["stress"] = to_voigt(stress)
+    for name, value in labels.items():
+        if value is None or np.isnan(value).all() or (name == "stress" and value.shape != (3, 3)):
+            continue
+        odd = np.isinf(value) if name == "stress" else ~np.isfinite(value)
+        if finite and odd.any():
+            what = not_finite(name, np.where(odd, value, 0.0))
+            raise InputError(f"{where}: {what}; accepted: finite numbers, or NaN throughout for no {name}")
+        results[name] = float(value) if name == "energy" else to_voigt(value) if name == "stress" else value
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
 

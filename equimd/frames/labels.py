@@ -98,7 +98,8 @@ DEFAULT_KEYS = LabelKeys()
 def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
     """Scale the geometry to Å and move the labels out of `info` and `arrays` into a `SinglePointCalculator`.
 
-    `where` names file and frame in messages. The frame is changed in place and returned.
+    `where` names file and frame in messages. The frame is changed in place and returned. The calculator is there
+    without labels too: then the frame has none, whatever other names `info` and `arrays` still hold.
 
     Raises:
         InputError: if two names carry different values, a label is not a number, or its shape does not fit.
@@ -112,8 +113,7 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
         for store in (atoms.info, atoms.arrays):
             if name in store:
                 results[name] = store.pop(name)
-    if results:
-        atoms.calc = SinglePointCalculator(atoms, **results)
+    atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
 
 
@@ -123,7 +123,8 @@ def _move_results(atoms: Atoms, keys: LabelKeys) -> None:
     atoms.calc = None
     for name, value in held.items():
         wanted = name in ("energy", "stress") and getattr(keys, name) in (None, name)
-        if wanted or (name == "free_energy" and "energy" not in held and keys.energy in (None, name)):
+        last_resort = name == "free_energy" and keys.energy is None and "energy" not in held
+        if wanted or last_resort or name == keys.energy == "free_energy":
             atoms.info[name] = value
         elif name == "forces" and keys.forces in (None, name):
             atoms.arrays[name] = value

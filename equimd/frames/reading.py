@@ -206,7 +206,7 @@ def _hdf5_source(path: Path, topology: Path | None, units: UnitSpec | None, keys
     if is_h5md:
         from equimd.frames.h5md_reader import H5MDReader
 
-        reader = H5MDReader(path, units, _elements(topology))
+        reader = H5MDReader(path, units, _elements(topology), (keys or DEFAULT_KEYS).finite)
     else:
         from equimd.frames.trajectories import MdtrajHDF5
 

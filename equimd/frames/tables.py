@@ -1,6 +1,7 @@
 """Labelled sets in ASE databases, fairchem's `.aselmdb` among them, and in whatever else ASE reads."""
 
 import json
+import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,35 +12,41 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
-from equimd.frames.labels import LabelKeys, UnitSpec, attach_labels
+from equimd.frames.labels import STRESS_NAMES, VIRIAL_NAMES, LabelKeys, UnitSpec, attach_labels
 
 # Columns of a row that ASE wants as arrays, which JSON may hold as lists.
 _ROW_ARRAYS = {"numbers", "positions", "cell", "pbc", "forces", "stress", "momenta", "charges", "magmoms"}
 _ROW_ARRAYS |= {"initial_charges", "initial_magmoms", "masses", "tags", "dipole"}
+_ROWS_PER_PAGE = 1000
 
 
 def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) -> Iterator[Atoms]:
     """Rows of an ASE database: labels from its calculator, key-value pairs, or data (where SchNetPack keeps them).
 
     SchNetPack's `_property_unit_dict` and `_distance_unit` are honoured where no units are given.
-    """
-    from ase.db import connect
 
-    database: Any = connect(path)
-    spec = unit_spec or _database_units(path, dict(database.metadata))
-    for index, row in enumerate(database.select()):
-        yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+    Raises:
+        InputError: for a file that is damaged, or no database.
+    """
+    with _open_database(path) as database:
+        spec = unit_spec or _database_units(path, dict(database.metadata), keys)
+        index, last = 0, 0  # ASE fetches at once whatever is selected
+        while rows := list(database.select(f"id>{last}", sort="id", limit=_ROWS_PER_PAGE)):
+            for row in rows:
+                yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+                index, last = index + 1, row.id
 
 
 def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
     atoms = row.toatoms()
     atoms.info = dict(row.key_value_pairs)
+    tensors = {*STRESS_NAMES, *VIRIAL_NAMES}  # of the shape of forces where there are three atoms
     for name, value in dict(row.data).items():
         try:
             array = np.asarray(value)
         except ValueError:  # of unequal lengths: no label
             continue
-        if array.shape == (len(atoms), 3):
+        if array.shape == (len(atoms), 3) and name.lower() not in tensors and name not in (keys.stress, keys.virial):
             atoms.arrays[name] = array
         elif array.size == 1 and array.dtype.kind in "fiu":
             atoms.info[name] = array.item()
@@ -50,9 +57,18 @@ def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atom
 
 def count_database(path: Path) -> int:
     """Number of rows."""
+    with _open_database(path) as database:
+        return database.count()
+
+
+@contextmanager
+def _open_database(path: Path) -> Iterator[Any]:
     from ase.db import connect
 
-    return connect(path).count()
+    try:
+        yield connect(path)
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted: a whole database of ASE") from error
 
 
 class LmdbSet:
@@ -84,7 +100,7 @@ class LmdbSet:
 
         for shard in self.shards:
             with self._open(shard) as rows:
-                spec = self._units or _database_units(shard, self._entry(rows, "metadata") or {})
+                spec = self._units or _database_units(shard, self._entry(rows, "metadata") or {}, self._keys)
                 for index, number in enumerate(self._ids(rows)):
                     where = f"{shard}, row {index}"
                     columns = self._entry(rows, str(number))
@@ -127,13 +143,14 @@ def lmdb_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.aselmdb"))
 
 
-def _database_units(path: Path, metadata: dict) -> UnitSpec:
+def _database_units(path: Path, metadata: dict, keys: LabelKeys) -> UnitSpec:
     properties = metadata.get("_property_unit_dict") or {}
-    energy = next((properties[name] for name in ("energy", "energy_U0", "E") if name in properties), None)
+    names = (keys.energy, "energy", "energy_U0", "E")
+    energy = next((properties[name] for name in names if name in properties), None)
     if energy is None:
         return UnitSpec()
     lengths = {"Ang": "Å", "Angstrom": "Å", "angstrom": "Å", "Bohr": "Bohr", "bohr": "Bohr", "nm": "nm"}
-    forces = str(properties.get("forces", "")).rsplit("/", 1)
+    forces = str(properties.get(keys.forces or "forces", "")).rsplit("/", 1)
     energies = {"Ha": "Hartree", "kcal/mol": "kcal/mol"}
     try:
         return UnitSpec(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 from equimd.report.style import INK, MUTED, colour, house_style, line
 from equimd.report.survey import FORCE_BINS, N_DISTANCE_BINS, Survey
 
@@ -27,7 +27,11 @@ def check_figure(path: Path) -> None:
 
 
 def write_figure(path: Path, names: Sequence[str], surveys: Sequence[Survey]) -> None:
-    """Draw the surveys of files and save the figure, in the format that its name says."""
+    """Draw the surveys of files and save the figure, in the format that its name says.
+
+    Raises:
+        FailedError: where it cannot be written.
+    """
     with house_style():
         figure = draw(names, surveys)
         temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
@@ -35,7 +39,7 @@ def write_figure(path: Path, names: Sequence[str], surveys: Sequence[Survey]) ->
             figure.savefig(temporary, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
             temporary.replace(path)
         except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+            raise FailedError(f"cannot write {path}: {error.strerror or error}; draw it elsewhere") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -40,6 +40,7 @@ from equimd.training.data import subset
 _REMEMBERED = 1 << 20  # bytes from which on the hash of a file is remembered
 _SETTLED_SECONDS = 2.0  # a file that changed just now may change again within the resolution of its time stamp
 _UNUSED_SECONDS = 90 * 24 * 3600.0
+_ABANDONED_SECONDS = 7 * 24 * 3600.0  # a build that was killed; no build takes so long
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -70,10 +71,16 @@ def frame_arrays(request: Request, progress: bool = False) -> FrameArrays:
 
     Raises:
         InputError: for a missing or malformed file, labels that are not finite, no frames at all.
-        FailedError: for a full disk.
+        FailedError: for a full disk, or where memory or open files are at their limit.
     """
     entry = graphs_folder() / _key(request)
-    found = open_arrays(entry)
+    try:
+        found = open_arrays(entry)
+    except OSError as error:
+        raise FailedError(
+            f"cannot map the graphs of {request.name} from {entry}: {error.strerror or error}; raise the limits of"
+            " address space and of open files (ulimit -v, ulimit -n)"
+        ) from error
     if found is None:
         return _build(request, entry, progress)
     with contextlib.suppress(OSError):
@@ -191,7 +198,7 @@ def _read(request: Request, key: str, make_folder: Callable[[], Path], progress:
     counts: list[int | None] = [None] * len(files)
     chosen: np.ndarray | None = None
     if request.n_frames is not None:
-        counts = [len(file) for file in files]
+        counts = [_count(file) for file in files]
         chosen = subset(sum(map(int, counts)), request.n_frames, request.seed)  # type: ignore[arg-type]
     with Packer(request.cutoff, make_folder) as packer, _progress(request, files, progress) as seen:
         first = 0
@@ -202,12 +209,27 @@ def _read(request: Request, key: str, make_folder: Callable[[], Path], progress:
                 wanted = np.zeros(count, dtype=bool)
                 wanted[chosen[(chosen >= first) & (chosen < first + count)] - first] = True
                 first += count
-            packer.add_file(seen(_chosen(file, wanted)), str(path), count)
+            packer.add_file(seen(_readable(_chosen(file, wanted), path)), str(path), count)
         arrays = packer.finish(key=key)
     if not len(arrays):
         only = " but isolated atoms" if arrays.meta["isolated_atoms"] else ""
         raise InputError(f"{request.name} holds no frames{only}; at least one is needed")
     return arrays
+
+
+def _count(file: Frames) -> int:
+    try:
+        return len(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
+def _readable(frames: Iterator[tuple[int, Atoms]], path: Path) -> Iterator[tuple[int, Atoms]]:
+    """The frames; errors of the system while they are read are no errors of the folder that they are written to."""
+    try:
+        yield from frames
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _chosen(file: Frames, wanted: np.ndarray | None) -> Iterator[tuple[int, Atoms]]:
@@ -271,6 +293,11 @@ def _delete_unused(folder: Path) -> None:
                     shutil.rmtree(path.parent, ignore_errors=True)
                 else:
                     path.unlink()
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            newest = max(one.stat().st_mtime for one in (path, *path.iterdir()))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Labelled frames as flat tensors: neighbour lists are built once, a batch is a few index operations."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,8 @@ class FrameSet:
 
     atom_start (S + 1,), edge_start (S + 1,): where each structure begins; edges (E, 2) count atoms of the structure,
     [receiver, sender]; labels are NaN where a frame has none. Units and names as in AtomGraph. On the CPU, tensors are
-    those of ``arrays`` without a copy, which may be files mapped into memory. ``device`` is where batches are wanted.
+    those of ``arrays`` without a copy, which may be files mapped into memory: never write to them. ``device`` is where
+    batches are wanted.
     """
 
     arrays: FrameArrays
@@ -47,7 +49,9 @@ class FrameSet:
         """The tensors of packed frames."""
 
         def tensor(name: str) -> Tensor:
-            return torch.from_numpy(arrays[name])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to them
+                return torch.from_numpy(arrays[name])
 
         return cls(
             arrays=arrays,

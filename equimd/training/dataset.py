@@ -22,7 +22,7 @@ _N_SHOWN = 3
 
 
 class Duplicates(Block):
-    """Frames of a split that are in the training set as well: (place there, place in the training set)."""
+    """Frames of a split that are in another as well: (place there, place in the other)."""
 
     pairs: list[tuple[int, int]]
 
@@ -162,33 +162,33 @@ def _check_labels(recipe: Recipe, train: FrameSet, valid: FrameSet) -> None:
 
 
 def _check_duplicates(recipe: Recipe, sets: dict[str, FrameSet]) -> None:
+    """Frames of one split in another; those of the test set in the validation set, which chooses weights, only warn."""
     if recipe.data.duplicates == "allow":
         return
-    train = sets["train"].arrays
-    for split in ("valid", "test"):
+    for split, known in (("valid", "train"), ("test", "train"), ("test", "valid")):
         if split not in sets:
             continue
-        other = sets[split].arrays
+        one, other = sets[known].arrays, sets[split].arrays
         found = remembered(
-            train if train.folder is not None else other,
+            one if one.folder is not None else other,
             "duplicates",
-            (train.meta["key"], other.meta["key"]),
+            (one.meta["key"], other.meta["key"]),
             Duplicates,
-            partial(_find_duplicates, train, other),
+            partial(_find_duplicates, one, other),
         )
         if found.pairs:
-            message = describe_duplicates(recipe, split, other, train, found.pairs)
-            if recipe.data.duplicates == "error":
+            message = describe_duplicates(recipe, split, other, known, one, found.pairs)
+            if recipe.data.duplicates == "error" and known == "train":
                 raise InputError(f"{message}; remove them, or set data.duplicates to warn or allow")
             warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _find_duplicates(train: FrameArrays, other: FrameArrays) -> Duplicates:
-    return Duplicates(pairs=duplicates_between(train, other))
+def _find_duplicates(known: FrameArrays, other: FrameArrays) -> Duplicates:
+    return Duplicates(pairs=duplicates_between(known, other))
 
 
 def describe_duplicates(
-    recipe: Recipe, split: str, other: FrameArrays, train: FrameArrays, pairs: list[tuple[int, int]]
+    recipe: Recipe, split: str, other: FrameArrays, known: str, arrays: FrameArrays, pairs: list[tuple[int, int]]
 ) -> str:
     """One line: how many, and the first of them."""
 
@@ -200,8 +200,7 @@ def describe_duplicates(
             index -= count
         raise AssertionError("an index lies within the files")
 
-    shown = ", ".join(
-        f"{name(other, split, k)} (training frame {name(train, 'train', p)})" for k, p in pairs[:_N_SHOWN]
-    )
+    kind = {"train": "training", "valid": "validation"}[known]
+    shown = ", ".join(f"{name(other, split, k)} ({kind} frame {name(arrays, known, p)})" for k, p in pairs[:_N_SHOWN])
     more = ", ..." if len(pairs) > _N_SHOWN else ""
-    return f"{len(pairs)} of {len(other)} frames of data.{split} are in the training set too: {shown}{more}"
+    return f"{len(pairs)} of {len(other)} frames of data.{split} are in the {kind} set too: {shown}{more}"

@@ -228,6 +228,21 @@ def test_figures_of_data(labelled, refused, unchanged):
     assert "positive" in refused("data", "inspect", labelled, "--cutoff", 0)
 
 
+def test_a_figure_that_cannot_be_written_leaves_the_numbers(labelled, run, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    result = run("data", "inspect", labelled, "--figure", labelled.with_name("look.png"))
+    assert result.exit_code == 1
+    assert "RMS force" in result.stdout
+    assert "Drawn in" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "look.png: No space left on device" in line
+
+
 def test_wrong_units(potentials, labelled, refused, run, unchanged):
     unchanged()
     line = refused("evaluate", potentials["equivariant"], labelled, "--unit", "energy=kcl/mol")

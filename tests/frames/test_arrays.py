@@ -1,5 +1,8 @@
 """Packed frames: in memory and in files alike; and the duplicates that fingerprints find, and do not find."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -7,7 +10,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
-from equimd.frames.arrays import FIELDS, FRAMES_PER_CHUNK, Packer, open_arrays
+from equimd.frames.arrays import FIELDS, FORMAT_VERSION, FRAMES_PER_CHUNK, Packer, open_arrays
 from equimd.frames.compositions import fit_atomic_energies
 from equimd.frames.fingerprints import TOLERANCE, duplicates_between, duplicates_within
 from equimd.rotations import random_rotations
@@ -55,10 +58,27 @@ def test_files_hold_what_memory_holds(tmp_path):
     np.testing.assert_array_equal(files.edge_start, memory.edge_start)
     frame = files.frame(FRAMES_PER_CHUNK + 3)
     np.testing.assert_array_equal(frame["positions"], frames[-2].positions)
-    files["energy"][0] = 7.0  # a private mapping
-    again = open_arrays(tmp_path)
-    assert again is not None
-    assert again["energy"][0] == -300.0
+    with pytest.raises(ValueError, match="read-only"):
+        files["energy"][0] = 7.0
+
+
+def test_chunks_of_large_frames_are_short(monkeypatch):
+    from equimd.frames import arrays as module
+
+    sizes, original = [], module.pack
+    monkeypatch.setattr(module, "pack", lambda frames, *rest: sizes.append(len(frames)) or original(frames, *rest))
+    monkeypatch.setattr(module, "ATOMS_PER_CHUNK", 18)
+    arrays = packed(ethanols(5))
+    assert sizes == [2, 2, 1]
+    each = 9 + int(arrays["n_edges"][0])
+    for limit, expected in ((2 * each + 5, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(module, "_NUMBERS_PER_CHUNK", limit)
+        chunks = list(arrays.chunks())
+        assert [frames.stop - frames.start for frames, _, _ in chunks] == expected
+        assert [len(arrays["edges"][edges]) for _, _, edges in chunks] == [
+            int(arrays["n_edges"][frames].sum()) for frames, _, _ in chunks
+        ]
+    assert [frames.stop - frames.start for frames, _, _ in arrays.chunks(3)] == [1] * 5
 
 
 def test_integers_grow_with_what_they_hold(tmp_path):
@@ -85,8 +105,18 @@ def test_what_is_not_whole_is_not_opened(tmp_path, damage):
         (tmp_path / "meta.json").write_text("{")
     else:
         text = (tmp_path / "meta.json").read_text()
-        (tmp_path / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
+        (tmp_path / "meta.json").write_text(text.replace(f'"format": {FORMAT_VERSION}', '"format": 0'))
     assert open_arrays(tmp_path) is None
+
+
+def test_limits_are_no_sign_of_missing_files(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    packed(ethanols(2), tmp_path)
+    monkeypatch.setattr(np, "memmap", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        open_arrays(tmp_path)
 
 
 def test_isolated_atoms_are_set_aside():
@@ -102,6 +132,14 @@ def test_bad_frames_are_named():
     frames = ethanols(3)
     frames[2].positions[4, 1] = np.nan
     with pytest.raises(InputError, match=r"a.xyz, frame 2: positions of atom 4"):
+        packed(frames)
+
+
+@pytest.mark.parametrize("number", [0, -1, 119, 300])
+def test_what_is_no_element_is_refused(number):
+    frames = ethanols(3)
+    frames[1].numbers[4] = number
+    with pytest.raises(InputError, match=f"a.xyz, frame 1: atomic number {number} is no element; accepted: 1 to 118"):
         packed(frames)
 
 
@@ -147,6 +185,22 @@ def test_what_differs_by_more_than_rounding_is_no_duplicate(make):
     for atoms in gold:
         atoms.numbers[0] = 79
     assert duplicates_between(packed(known), packed(gold)) == []
+
+
+def dimer(symbols: str, distance: float) -> Atoms:
+    return Atoms(symbols, [[0.0, 0.0, 0.0], [distance, 0.0, 0.0]], cell=[30.0] * 3, pbc=True)
+
+
+def test_frames_without_neighbours_are_no_duplicates_of_each_other():
+    arrays = packed([dimer("ArAr", 6.0), dimer("ArAr", 8.0), dimer("ArKr", 8.0)], cutoff=4.0)
+    assert duplicates_within(arrays) == []
+    near = packed([dimer("ArAr", 3.0), dimer("ArAr", 3.0)], cutoff=4.0)
+    assert duplicates_within(near) == [(1, 0)]
+
+
+def test_elements_beyond_the_cutoff_count():
+    frames = [dimer("ArAr", 3.0) + Atoms(symbol, [[15.0] * 3]) for symbol in ("Ar", "Kr")]
+    assert duplicates_within(packed(frames, cutoff=4.0)) == []
 
 
 def test_many_copies_of_one_frame_are_one_group():

@@ -107,6 +107,78 @@ def test_schnetpack_databases_name_their_units(tmp_path, arrays):
     np.testing.assert_allclose(atoms.get_forces(), forces * KCAL_PER_MOL)
 
 
+def test_databases_are_read_page_by_page(tmp_path, monkeypatch):
+    from ase.db import connect
+    from ase.db.sqlite import SQLite3Database
+
+    from equimd.frames import tables
+
+    with connect(tmp_path / "a.db") as database:
+        for k in range(7):
+            database.write(Atoms("H"), REF_energy=float(k))
+        database.delete([3])
+    original, limits = SQLite3Database._select, []
+
+    def watched(self, *given, **options):
+        limits.append(options["limit"])
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(SQLite3Database, "_select", watched)
+    monkeypatch.setattr(tables, "_ROWS_PER_PAGE", 2)
+    energies = [labels_of(atoms)["energy"] for atoms in read_frames(tmp_path / "a.db")]
+    assert energies == [0.0, 1.0, 3.0, 4.0, 5.0, 6.0]
+    assert limits == [2] * 4
+
+
+def test_a_damaged_database_is_named(tmp_path):
+    from ase.db import connect
+
+    path = tmp_path / "a.db"
+    with connect(path) as database:
+        for _ in range(50):
+            database.write(molecule("C6H6"))
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(InputError, match=r"a.db: cannot be read \(.*\); accepted: a whole database"):
+        read_list(path)
+    with pytest.raises(InputError, match=r"a.db: cannot be read"):
+        len(read_frames(path))
+
+
+def test_units_of_a_database_are_those_of_the_named_energy(tmp_path, arrays):
+    from ase.db import connect
+
+    with connect(tmp_path / "a.db") as database:
+        database.write(molecule("CH3CH2OH"), data={"U": np.array([-97000.0]), "F": arrays["forces"][0]})
+        database.metadata = {"_property_unit_dict": {"U": "kcal/mol", "F": "kcal/mol/Ang", "energy": "Ha"}}
+    atoms = read_list(tmp_path / "a.db", keys=LabelKeys(energy="U", forces="F"))[0]
+    assert atoms.get_potential_energy() == pytest.approx(-97000.0 * KCAL_PER_MOL)
+    np.testing.assert_allclose(atoms.get_forces(), arrays["forces"][0] * KCAL_PER_MOL)
+
+
+@pytest.mark.parametrize("keys", [LabelKeys(), LabelKeys(stress="S")])
+def test_a_stress_of_three_atoms_is_no_property_of_theirs(tmp_path, keys):
+    from ase.db import connect
+
+    water = molecule("H2O", cell=[5.0] * 3, pbc=True)
+    stress = np.diag([0.1, 0.2, 0.3])
+    with connect(tmp_path / "a.db") as database:
+        database.write(water, data={keys.stress or "REF_stress": stress, "forces": np.ones((3, 3))})
+    labels = labels_of(read_list(tmp_path / "a.db", keys=keys)[0])
+    np.testing.assert_allclose(labels["stress"], stress)
+    np.testing.assert_array_equal(labels["forces"], np.ones((3, 3)))
+
+
+@pytest.mark.parametrize("suffix", [".traj", ".db"])
+def test_the_free_energy_is_read_where_it_is_named(tmp_path, suffix):
+    from ase.io import write
+
+    atoms = molecule("H2O")
+    atoms.calc = SinglePointCalculator(atoms, energy=-14.0, free_energy=-15.0)
+    write(tmp_path / f"a{suffix}", [atoms])
+    read = [read_list(tmp_path / f"a{suffix}", keys=LabelKeys(energy=name))[0] for name in (None, "free_energy")]
+    assert [labels_of(one)["energy"] for one in read] == [-14.0, -15.0]
+
+
 def test_structures_that_ase_reads(tmp_path):
     import ase.io
 

@@ -225,6 +225,19 @@ def test_a_foreign_file_with_its_own_units_and_clocks(tmp_path):
     np.testing.assert_allclose(forces[2], 1.0364e-3, rtol=1e-4)
 
 
+def test_labels_that_are_not_finite_in_part_are_not_dropped(tmp_path):
+    path = tmp_path / "a.h5"
+    write_frames(path, [copper(0), copper(1), copper(2)])
+    with h5py.File(path, "r+") as file:
+        force = file["particles/all/force/value"]
+        force[1, 2, 0], force[2] = np.nan, np.nan
+    with pytest.raises(InputError, match=r"a.h5, frame 1: forces of atom 2 has a value that is not finite \(nan\)"):
+        read_list(path)
+    forces = [labels_of(atoms)["forces"] for atoms in read_frames(path, finite=False)]
+    assert int(np.isnan(forces[1]).sum()) == 1
+    assert forces[2] is None
+
+
 def test_units_are_never_assumed_in_silence(tmp_path, caplog):
     foreign(tmp_path / "a.h5", species=np.array([8, 1]), unit=False)
     with pytest.warns(PlausibilityWarning, match="are positions in nm"):

@@ -14,8 +14,8 @@ import torch
 from training_samples import E0, spring_frames
 
 from equimd.errors import FailedError, InputError
+from equimd.frames import Frames, read_frames, write_frames
 from equimd.frames import arrays as arrays_module
-from equimd.frames import read_frames, write_frames
 from equimd.frames.arrays import Packer
 from equimd.training import cache
 from equimd.training.cache import Request, file_sha256, frame_arrays, graphs_folder
@@ -155,6 +155,21 @@ def test_leftovers_of_a_killed_build_are_removed(kept, request_):
     assert not list(kept.glob("*.tmp"))
 
 
+def test_leftovers_of_other_builds_are_removed_when_they_are_old(kept, request_):
+    old, grows, young = (kept / f"{name}.abc.tmp" for name in ("old", "grows", "young"))
+    for folder in (old, grows, young):
+        folder.mkdir(parents=True)
+        (folder / "positions.bin").write_bytes(b"half")
+    long_ago = (time.time() - 30 * 86400,) * 2
+    os.utime(old / "positions.bin", long_ago)
+    os.utime(old, long_ago)
+    os.utime(grows, long_ago)
+    frame_arrays(request_)
+    assert not old.exists()
+    assert grows.exists()
+    assert young.exists()
+
+
 def test_entries_that_nobody_uses_are_deleted(kept, request_, tmp_path):
     old = frame_arrays(request_).folder
     assert old is not None
@@ -179,6 +194,28 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
     with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz .*: No space left .* set EQUIMD_CACHE"):
         frame_arrays(request_)
     assert not [path for path in kept.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("n_frames", [None, 5])
+def test_an_error_while_reading_is_told_of_the_file(kept, request_, monkeypatch, n_frames):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Frames, "select" if n_frames is None else "__len__", fails)
+    with pytest.raises(InputError, match=r"cannot read .*a.xyz: Input/output error"):
+        frame_arrays(Request(request_.paths, None, None, 3.0, n_frames))
+
+
+def test_limits_of_memory_are_one_line(kept, request_, monkeypatch):
+    frame_arrays(request_)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", full)
+        with pytest.raises(FailedError, match=r"cannot map the graphs of .*a.xyz .*: Cannot allocate memory"):
+            frame_arrays(request_)
 
 
 def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(tmp_path, monkeypatch, request_):

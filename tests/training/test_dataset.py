@@ -122,6 +122,14 @@ def test_duplicates_between_splits(read, folder, values):
         read(train=["few.xyz", "more.xyz"], valid="a.xyz", test=["a.xyz", "b.xyz"])
 
 
+def test_a_test_frame_in_the_validation_set_is_warned_of(read, folder):
+    write_frames(folder / "again.xyz", [*spring_frames(3, 30), spring_frames(6, 2)[4]])
+    said = r"1 of 4 frames of data.test are in the validation set too: 3 \(validation frame 4\)"
+    with pytest.warns(UserWarning, match=said):
+        read(test="again.xyz")
+    read(test="again.xyz", duplicates="allow")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
