@@ -11,9 +11,10 @@ whatever their case, for T frames of N atoms:
     cell, pbc        cell, cells, lattice; pbc                                (3, 3) or (T, 3, 3); (3,) or (T, 3)
     stress           the names of `labels`                                    (T, 3, 3) or (T, 6)
 
-Other names are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces). Units come from attributes
-`unit` or `units` of the datasets, or else must be given: such files agree on nothing. A label that is NaN throughout is
-one that the frame has not, as in ANI-1x.
+Other names are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces), as they must be where a molecule
+has two of these. Labels may be in a group ``properties`` of the molecule's. Units come from attributes `unit` or
+`units` of the datasets, or else must be given: such files agree on nothing. A label that is NaN throughout, as in
+ANI-1x, or the text "None", as in MACE, is one that the frame has not.
 """
 
 from collections.abc import Callable, Iterator
@@ -128,9 +129,13 @@ class LabelledH5:
         for name, usual in _NAMES.items():
             key = getattr(self._keys, name, None)
             if key is not None:
-                found[name] = group.get(key)
+                found[name] = _found(_named(group, (key,)))
             elif name != "gradients" or (found["forces"] is None and self._keys.forces is None):
-                found[name] = _find(group, usual)
+                stored = _named(group, usual)
+                if len(stored) > 1:
+                    names = " and ".join(values.name for values in stored)
+                    raise InputError(f"{self.path}: has {names}; accepted: one of them, or its name given as a key")
+                found[name] = _found(stored)
         shape = found["positions"].shape
         if len(shape) not in (2, 3) or shape[-1] != 3:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
@@ -202,6 +207,23 @@ def _find(group: Any, names: tuple[str, ...]) -> Any:
     """The dataset of the group that has the first of these names, whatever its case; None where there is none."""
     by_name = {name.lower(): name for name in group if isinstance(group.get(name), h5py.Dataset)}
     return next((group[by_name[name]] for name in names if name in by_name), None)
+
+
+def _named(group: Any, names: tuple[str, ...]) -> list[Any]:
+    """The datasets with one of these names, whatever its case, of the group or its ``properties``; none for "None"."""
+    inner = group.get("properties")
+    places = [group, inner] if isinstance(inner, h5py.Group) else [group]
+    wanted = {name.lower() for name in names}
+    found = [place[name] for place in places for name in place if name.lower() in wanted]
+    return [values for values in found if isinstance(values, h5py.Dataset) and not _is_none(values)]
+
+
+def _found(datasets: list[Any]) -> Any:
+    return datasets[0] if datasets else None
+
+
+def _is_none(values: Any) -> bool:
+    return values.shape == () and h5py.check_string_dtype(values.dtype) is not None and values.asstr()[()] == "None"
 
 
 def _n_frames(positions: Any) -> int:

@@ -68,18 +68,33 @@ def test_nested_groups_symbols_and_missing_labels_as_in_ani(tmp_path):
     assert found[2] == pytest.approx(-3.0 * HARTREE)
 
 
-def test_a_group_for_each_frame_as_mace_writes(tmp_path):
+@pytest.mark.parametrize("inner", ["", "/properties"])
+def test_a_group_for_each_frame_as_mace_writes(tmp_path, inner):
+    """Labels that a frame has not are the text "None"; newer versions keep labels in a group of their own."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for k in range(3):
             group = file.create_group(f"config_batch_0/config_{k}")
             group["atomic_numbers"], group["positions"] = WATER.numbers, WATER.positions + k
-            group["energy"], group["forces"] = -1.0 * k, np.full((3, 3), 0.1 * k)
-            group["cell"], group["pbc"], group["stress"] = 9.0 * np.eye(3), [True] * 3, 0.01 * np.eye(3)
+            group["cell"], group["pbc"], group["weight"] = 9.0 * np.eye(3), [True] * 3, 1.0
+            labels = file.require_group(group.name + inner)
+            labels["energy"], labels["forces"] = -1.0 * k if k else "None", np.full((3, 3), 0.1 * k)
+            labels["stress"], labels["virials"] = 0.01 * np.eye(3) if k == 2 else "None", "None"
     frames = read_list(tmp_path / "a.h5", units=UnitSpec())
     assert len(frames) == 3
     assert frames[2].get_potential_energy() == -2.0
     assert frames[2].pbc.all()
     np.testing.assert_allclose(frames[2].get_stress(voigt=False), 0.01 * np.eye(3))
+    np.testing.assert_allclose(labels_of(frames[1])["forces"], 0.1)
+    assert labels_of(frames[0])["energy"] is None
+    assert labels_of(frames[1])["stress"] is None
+
+
+def test_one_of_two_labels_must_be_named(tmp_path):
+    path = flat(tmp_path / "a.h5", dft_energy=np.ones(2))
+    with pytest.raises(InputError, match="has /dft_energy and /energies; .* given as a key"):
+        read_list(path, units=UnitSpec())
+    named = read_list(path, units=UnitSpec(), keys=LabelKeys(energy="dft_energy"))
+    assert labels_of(named[0])["energy"] == 1.0
 
 
 def flat(path, **changes):
