@@ -112,7 +112,7 @@ def test_recipe_value_and_override(refused, unchanged):
     [
         (["init_from=PARENT", "model.family=transformer"], "the equivariant family, model.family is 'transformer'"),
         (["init_from=PARENT", "model.n_channels=8"], "has n_channels 4, model.n_channels is 8"),
-        (["init_from=PARENT", "init_from.freeze=[embeding]"], "'embeding' is no parameter"),
+        (["init_from=PARENT", "init_from.shift=keep", "init_from.freeze=[embeding]"], "'embeding' is no parameter"),
         (["init_from=PARENT", "init_from.frozen=[embedding]"], "unknown key 'init_from.frozen'"),
         (["init_from=no-such-potential"], "no potential is called"),
         (["schedule.kind=plateau", "schedule.decay_fraction=0.5"], "which is for kind 'wsd'"),

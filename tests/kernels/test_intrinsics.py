@@ -14,7 +14,8 @@ def apply(x, out):
         out[k] = exp(x[k])
 
 
-@pytest.mark.parametrize(("dtype", "ulp"), [(np.float32, 1.2e-7), (np.float64, 1.5e-15)])
+# Seven and nine roundings; processors differ in which of them the compiler joins.
+@pytest.mark.parametrize(("dtype", "ulp"), [(np.float32, 1.2e-7), (np.float64, 2e-15)])
 def test_is_exact_to_rounding(dtype, ulp):
     limit = 87.0 if dtype == np.float32 else 700.0
     x = np.concatenate([np.linspace(-limit, limit, 40_001), [0.0, 1e-30, -1e-30, np.log(2), 0.5 * np.log(2)]]).astype(
