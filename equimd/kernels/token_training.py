@@ -20,6 +20,8 @@ from equimd.kernels.token_weights import Block, TokenNetwork
 from equimd.kernels.topology import Topology
 from equimd.kernels.workspace import Field
 
+_MOST_SPARE = 2  # a loop that still names the last prediction needs two
+
 
 class Record:
     """What an evaluation leaves behind; its arrays are used again when it is gone."""
@@ -44,8 +46,8 @@ class TrainedTransformer(FusedTransformer):
         return results, Record(self, run)
 
     def take_back(self, run: Run) -> None:
-        """Use the arrays of a run again, if those of another do not wait already for that: one step needs one."""
-        if not self._spare:
+        """Use the arrays of a run again, unless those of two others wait for that already."""
+        if len(self._spare) < _MOST_SPARE:
             self._spare.append(run.workspace)
 
     def gradient(self, network: TokenNetwork, record: Record, factors: Tensor, directions: Tensor) -> TokenNetwork:

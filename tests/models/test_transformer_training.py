@@ -168,6 +168,9 @@ def test_two_predictions_may_be_pending_and_memory_is_used_again():
         assert gradient_difference(gradients(potential, prediction), expected) < EXACT
     del prediction, together
     assert len(potential._trainer._network._spare) == 2
+    together = [potential.predict_trainable(graph) for graph in (*graphs, *graphs)]
+    del together
+    assert len(potential._trainer._network._spare) == 2  # not all that were ever pending at once
 
 
 def test_two_losses_of_one_prediction():
