@@ -1,5 +1,6 @@
 """What several commands share: options, progress bars, and where results go."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -64,12 +65,17 @@ def open_frames(
     """Frames of a file with what the command line says of its units and keys."""
     from equimd.frames import LabelKeys, UnitSpec, read_frames
 
-    spec = UnitSpec(**_pairs("--unit", units, ("energy", "length", "stress"))) if units else None
-    names = LabelKeys(**_pairs("--key", keys, ("energy", "forces", "stress", "virial"))) if keys else None
+    spec = UnitSpec(**_pairs("--unit", units, UnitSpec)) if units else None
+    named = _pairs("--key", keys, LabelKeys)
+    if "stress_sign" in named:
+        named["stress_sign"] = {"1": 1, "-1": -1}.get(named["stress_sign"], named["stress_sign"])
+    names = LabelKeys(**named) if keys else None
     return read_frames(path, topology=topology, units=spec, keys=names, stride=stride, finite=finite)
 
 
-def _pairs(option: str, texts: list[str] | None, accepted: tuple[str, ...]) -> dict[str, Any]:
+def _pairs(option: str, texts: list[str] | None, target: type) -> dict[str, Any]:
+    """KEY=VALUE by key, of the fields of a dataclass; ``finite`` is not the user's."""
+    accepted = [field.name for field in dataclasses.fields(target) if field.name != "finite"]
     pairs = {}
     for text in texts or ():
         key, equals, value = text.partition("=")

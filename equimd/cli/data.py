@@ -34,7 +34,7 @@ def inspect(
     """Count, check and draw what files hold; of several, find the frames that two of them share."""
     check_json(json)
     from equimd.report.data_figure import check_figure, write_figure
-    from equimd.report.inspection import Comparison, inspect_files
+    from equimd.report.inspection import Comparison, inspect_files, suggest_recipe
 
     if figure is not None:
         check_figure(figure)
@@ -52,22 +52,21 @@ def inspect(
     with progress() as stages:
         result = inspect_files(opened, cutoff, stages, None if figure is None else draw)
     looked = result.files if isinstance(result, Comparison) else [result]
-    emit(result, json, lambda: _show(looked, result, unit or [], None if failure else figure))
+    suggested = suggest_recipe(looked, unit or [], key or [])
+    emit(result, json, lambda: _show(looked, result, suggested, None if failure else figure))
     if failure is not None:
         raise failure
 
 
-def _show(looked: "list[Inspection]", result: "Inspection | Comparison", units: list[str], figure: Path | None) -> Any:
+def _show(looked: "list[Inspection]", result: "Inspection | Comparison", recipe: str, figure: Path | None) -> Any:
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
 
-    from equimd.report.inspection import suggest_recipe
-
     parts: list[Any] = [grid(one.path, _rows(one)) for one in looked]
     if len(looked) > 1:
         parts.append(grid("Between the files", _shared_rows(result)))
-    parts += [Text("For a recipe", style="bold"), Padding(Text(suggest_recipe(looked, units)), (1, 2))]
+    parts += [Text("For a recipe", style="bold"), Padding(Text(recipe), (1, 2))]
     if figure is not None:
         parts.append(Text(f"Drawn in {figure}"))
     return Group(*parts)

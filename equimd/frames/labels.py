@@ -80,6 +80,9 @@ class LabelKeys:
     VASP's OUTCAR stress is `UnitSpec(stress="kbar")` with `LabelKeys(voigt="vasp", stress_sign=-1)`. A virial
     (W = −V σ, in energy units) is used where no stress is given. Labels must be finite, but for components of a
     stress that are NaN, which say that they are not known; without `finite` all are passed on as they are.
+
+    Raises:
+        InputError: for an order or a sign that there is not.
     """
 
     energy: str | None = None
@@ -89,6 +92,12 @@ class LabelKeys:
     voigt: Literal["ase", "vasp"] = "ase"
     stress_sign: Literal[1, -1] = 1
     finite: bool = True
+
+    def __post_init__(self) -> None:
+        if self.voigt not in VOIGT_ORDERS:
+            raise InputError(f"voigt is {self.voigt!r}; accepted: {', '.join(VOIGT_ORDERS)}")
+        if self.stress_sign not in (1, -1):
+            raise InputError(f"stress_sign is {self.stress_sign!r}; accepted: 1 or -1")
 
 
 DEFAULT_UNITS = UnitSpec()

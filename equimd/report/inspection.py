@@ -206,16 +206,20 @@ def _shared(name: str, arrays: FrameArrays, other_name: str, other: FrameArrays)
     )
 
 
-def suggest_recipe(files: Sequence[Inspection], units: Sequence[str] = ()) -> str:
-    """The part of a recipe that these files decide, as YAML; the first file is the training set."""
+def suggest_recipe(files: Sequence[Inspection], units: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
+    """The part of a recipe that these files decide, as YAML; the first file is the training set.
+
+    ``units`` and ``keys`` are what they were read with, each as WHAT=NAME.
+    """
     first = files[0]
     lines = ["data:"]
     for split, file in zip(("train", "valid", "test"), files, strict=False):
         lines.append(f"  {split}: {file.path}")
     if len(files) == 1:
         lines.append("  valid: ...  # frames of other trajectories")
-    if units:
-        lines.append(f"  units: {{{', '.join(unit.replace('=', ': ') for unit in units)}}}")
+    for name, pairs in (("units", units), ("keys", keys)):
+        if pairs:
+            lines.append(f"  {name}: {{{', '.join(pair.replace('=', ': ', 1) for pair in pairs)}}}")
     missing = [symbol for symbol in first.elements if symbol not in first.isolated_atoms]
     if missing:
         lines.append(

@@ -116,13 +116,11 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
 
 
 def _reading(recipe: Recipe) -> tuple[UnitSpec | None, LabelKeys | None]:
-    section = recipe.data
-    try:
-        units = None if section.units is None else UnitSpec(**section.units)  # type: ignore[arg-type]
-        keys = None if section.keys is None else LabelKeys(**section.keys)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"data.units or data.keys: {error}") from error
-    return units, keys
+    units, keys = recipe.data.units, recipe.data.keys
+    return (
+        None if units is None else UnitSpec(**units.model_dump()),
+        None if keys is None else LabelKeys(**keys.model_dump()),
+    )
 
 
 def _check_plausible(recipe: Recipe, arrays: FrameArrays, paths: tuple[Path, ...]) -> None:

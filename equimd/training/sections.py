@@ -24,6 +24,27 @@ Files = str | Annotated[list[str], Field(min_length=1)]
 """One file or folder of labelled frames, or several, one after another."""
 
 
+class UnitsSection(Section):
+    """Units of the files; forces are in energy/length unless they have others."""
+
+    energy: str = "eV"
+    length: str = "Å"
+    stress: str = "eV/Å³"
+    force_energy: str | None = None
+    force_length: str | None = None
+
+
+class KeysSection(Section):
+    """Names of labels in the files, None for the usual ones; order and sign of the stress (VASP's are vasp and -1)."""
+
+    energy: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    virial: str | None = None
+    voigt: Literal["ase", "vasp"] = "ase"
+    stress_sign: Literal[1, -1] = 1
+
+
 class DataSection(Section):
     """Labelled frames."""
 
@@ -38,13 +59,13 @@ class DataSection(Section):
         " those of isolated atoms among the training frames (config_type=IsolatedAtom), then those of the checkpoint of"
         " init_from, and fits the others",
     )
-    units: dict[str, str] | None = Field(
-        default=None, description="energy, length, stress units of the files; numbers that look wrong are then accepted"
+    units: UnitsSection | None = Field(
+        default=None, description="of the files; numbers that look wrong are then accepted"
     )
     duplicates: Literal["error", "warn", "allow"] = Field(
         default="error", description="what to do about validation or test frames that are in the training set as well"
     )
-    keys: dict[str, str] | None = Field(default=None, description="names of energy, forces, stress in the files")
+    keys: KeysSection | None = None
     reference: str | None = Field(default=None, description="level of theory of the labels")
     charge: int = 0
     multiplicity: int = Field(default=1, ge=1)

@@ -249,6 +249,9 @@ def test_wrong_units(potentials, labelled, refused, run, unchanged):
     assert "kcl/mol" in line
     assert "kcal/mol" in line
     assert "--unit" in refused("evaluate", potentials["equivariant"], labelled, "--unit", "mass=g")
+    assert "accepted: ase, vasp" in refused("evaluate", potentials["equivariant"], labelled, "--key", "voigt=vaps")
+    assert "accepted: 1 or -1" in refused("evaluate", potentials["equivariant"], labelled, "--key", "stress_sign=-2")
+    assert run("evaluate", potentials["equivariant"], labelled, "--key", "stress_sign=-1").exit_code == 0
 
 
 def test_implausible_units_are_warned_of(potentials, run, labelled):

@@ -105,7 +105,8 @@ def test_splits_are_compared(tmp_path):
     assert by_place["1", "0"].frames == [(5, 4)]
     assert by_place["1", "0"].new_elements == []
     assert by_place["2", "0"].new_elements == ["Au"]
-    text = suggest_recipe(result.files)
+    text = suggest_recipe(result.files, ["energy=kcal/mol"], ["forces=F", "stress_sign=-1"])
+    assert "  units: {energy: kcal/mol}\n  keys: {forces: F, stress_sign: -1}\n" in text
     assert f"train: {tmp_path / '0.xyz'}" in text
     assert f"valid: {tmp_path / '1.xyz'}" in text
     assert "stress: 0.0" in text

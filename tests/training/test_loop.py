@@ -193,7 +193,7 @@ def test_refusals(folder, values):
         ({"isolated_atom_energies": {"H": 0.0, "C": 0.0}}, "no isolated-atom energy"),
         ({"valid": "missing.xyz"}, "no such file"),
         ({"n_train": 99}, "n_train is 99; the file has 24 frames"),
-        ({"units": {"energi": "eV"}}, "data.units"),
+        ({"units": {"energy": "eVs"}}, "unknown unit of energy: 'eVs'"),
     ):
         recipe = make_recipe({**values, "data": {**values["data"], **change}}, folder)
         with pytest.raises(InputError, match=said):
