@@ -147,7 +147,7 @@ def table(cards: list[dict[str, Any]]) -> str:
         )
     dates = {name: sorted({card["date"] for card in cards if card["machine"] == name}) for name in machines}
     where = "; ".join(" ".join([f"{letters[name]}: {name},", *dates[name]]) for name in machines)
-    note = " * The machine was busy while this was timed." if any(card["speed"]["unstable"] for card in cards) else ""
+    note = " * Times varied by more than 20 %." if any(card["speed"]["unstable"] for card in cards) else ""
     threads = "Training took one thread, MD two; frames/s count validations in."
     return "\n".join(rows) + f"\n\n{where}. {threads}{note}"
 
