@@ -7,6 +7,16 @@ from equimd.errors import InputError
 from equimd.training.recipe import load_recipe, make_recipe
 
 
+def test_units_and_keys_of_a_recipe_are_those_of_the_readers():
+    from dataclasses import asdict
+
+    from equimd.frames import LabelKeys, UnitSpec
+    from equimd.training.sections import KeysSection, UnitsSection
+
+    assert UnitsSection().model_dump() == asdict(UnitSpec())
+    assert KeysSection().model_dump() | {"finite": True} == asdict(LabelKeys())
+
+
 def test_defaults_follow_the_family(values):
     recipe = make_recipe(values)
     assert recipe.rotates
