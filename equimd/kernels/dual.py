@@ -22,7 +22,7 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def convolve_dual(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
-    """``convolve`` of values, and its rate of change, both (N, 2, D_out, C).
+    """``convolve`` of values, and its rate of change, (N, 2, D_out, C); rows in the order of ``dual_codegen.row_of``.
 
     x (N, 2, D_in, C), sh (E, 2, (l_max_sh+1)²) and radial (E, 2, P, C) hold values and rates of change. Differentiable
     once in x and radial; sh is a constant.

@@ -6,7 +6,8 @@ With x, ẋ for features, Y, Ẏ for harmonics and w, ẇ for radial weights, an
     out_k += w u_k,    rate of out_k += w v_k + ẇ u_k.
 
 ``forward`` is that; ``grad_x`` and ``grad_w`` are its derivatives by x and ẋ, and by w and ẇ. Value and rate lie side
-by side, so that each array has one address and the compiler sees what overlaps.
+by side, so that each array has one address and the compiler sees what overlaps. The rows of an output irrep lie m by m,
+then path by path (``row_of``): what one linear map takes next lies side by side, too.
 """
 
 from equimd.kernels.codegen import couplings, loops, path_terms, signed_sum
@@ -30,7 +31,7 @@ def forward_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel
             p = path.weight_index
             body += [f"r = weight[{p * c} + c]", f"dr = weight[{(plan.n_paths + p) * c} + c]"]
             for k, (u, v) in _products(path).items():
-                row = path.out_offset + k
+                row = row_of(plan, path, k)
                 body += [f"u = {u}", f"to[{row * c} + c] += r * u"]
                 body += [f"to[{(plan.dim_out + row) * c} + c] += r * ({v}) + dr * u"]
         _channels(s, body)
@@ -49,7 +50,7 @@ def grad_w_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
         for path in paths:
             p, values, rates = path.weight_index, [], []
             for k, (u, v) in _products(path).items():
-                row = path.out_offset + k
+                row = row_of(plan, path, k)
                 body += [f"u = {u}", f"g{k} = own[{row * c} + c]", f"h{k} = own[{(plan.dim_out + row) * c} + c]"]
                 body += [f"m{k} = u * g{k} + ({v}) * h{k}", f"o{k} = u * h{k}"]
                 values.append(f"m{k}"), rates.append(f"o{k}")
@@ -74,17 +75,23 @@ def grad_x_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
             p = path.weight_index
             body += [f"r = weight[{p * c} + c]", f"dr = weight[{(plan.n_paths + p) * c} + c]"]
             for k in range(2 * path.l3 + 1):
-                row = path.out_offset + k
+                row = row_of(plan, path, k)
                 body += [f"h = theirs[{(plan.dim_out + row) * c} + c]", f"m{row} = r * theirs[{row * c} + c] + dr * h"]
                 body += [f"o{row} = r * h"]
             for i, k, _ in path_terms(path):
-                to, row = path.in_offset + i, path.out_offset + k
+                to, row = path.in_offset + i, row_of(plan, path, k)
                 values.setdefault(to, []).append(f"+ a{p}_{i}_{k} * m{row} + b{p}_{i}_{k} * o{row}")
                 rates.setdefault(to, []).append(f"+ a{p}_{i}_{k} * o{row}")
         body += [f"to[{row * c} + c] += {signed_sum(terms)}" for row, terms in values.items()]
         body += [f"to[{(plan.dim_in + row) * c} + c] += {signed_sum(terms)}" for row, terms in rates.items()]
         _channels(s, body, NODE)
     return s.result()
+
+
+def row_of(plan: ConvolutionPlan, path: Path, k: int) -> int:
+    """Where the k-th component of a path is written: row m · paths + path of its irrep's block."""
+    block = next(b for b in plan.blocks if path.out_offset in range(b.rows.start, b.rows.stop))
+    return block.offset + k * block.n_paths + (path.out_offset - block.offset) // (2 * block.l + 1)
 
 
 def _edge_loop(s: Source, plan: ConvolutionPlan) -> None:

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from equimd.graph import AtomGraph, edge_vectors
 from equimd.kernels.dual import convolve_dual
+from equimd.kernels.dual_mixing import map_rows, mix_and_gate
 from equimd.kernels.harmonics import moving_harmonics
 from equimd.kernels.interpolation import Intervals, interpolate
-from equimd.kernels.network_codegen import SIGMOID_GAIN, SILU_GAIN, TANH_GAIN
 from equimd.kernels.radial_table import Knots
 from equimd.models.dual_training import Trainer, threads_of_torch
 from equimd.models.potential import FrozenOutput, geometry_of, topology_of
 from equimd.models.radial import safe_norm
 
 if TYPE_CHECKING:
-    from equimd.models.equivariant import EquivariantPotential, InteractionLayer
+    from equimd.models.equivariant import EquivariantPotential
 
 N_INTERVALS = 128
 """Of the radial functions, between no distance and the cutoff."""
@@ -75,10 +75,9 @@ class EquivariantTrainer(Trainer):
         for layer, jet in zip(potential.interactions, jets, strict=True):
             table = jet.transpose(0, 1).reshape(intervals.n_rows, -1)
             weights = interpolate(shares, table, intervals).view(topology.n_edges, 2, *layer.radial.shape)
-            parts = list(x.split([2 * l + 1 for l, _ in layer.irreps_in], dim=2))  # noqa: E741
-            h = torch.cat(layer.up(parts), dim=2)
+            h = map_rows(x, list(layer.up.weights), layer.irreps_in)
             message = convolve_dual(h, harmonics, weights, layer.plan, topology)
-            x = _gate(layer, layer.mix(layer.mix_inputs(message, parts)))
+            x = mix_and_gate(message, x, list(layer.mix.weights), layer.plan)
         hidden, last = potential.readout_maps
         y = x.flatten(2) @ hidden.weight.T
         y = _silu(torch.stack([y[:, 0] + hidden.bias, y[:, 1]], dim=1))
@@ -101,31 +100,9 @@ class EquivariantTrainer(Trainer):
         return moving.to(potential.dtype), values.to(potential.dtype), intervals
 
 
-# The gate, once more: ``InteractionLayer._gate`` is of numbers, this of dual numbers. The tests hold them together.
-
-
 def _silu(y: Tensor) -> Tensor:
     """silu of dual numbers (N, 2, …)."""
     value, rate = y.unbind(1)
     s = torch.sigmoid(value)
     u = value * s
     return torch.stack([u, (s + u * (1 - s)) * rate], dim=1)
-
-
-def _gate(layer: "InteractionLayer", blocks: list[Tensor]) -> Tensor:
-    """``InteractionLayer.gate`` of dual numbers: blocks (N, 2, 2l+1, …) → (N, 2, D_out, C)."""
-    c, gates, out = layer.n_channels, [], []
-    for irrep, y in zip(layer.irreps_out, blocks, strict=True):
-        if irrep == (0, 1):
-            out.append(SILU_GAIN * _silu(y[..., :c]))
-            value, rate = y[..., c:].unbind(1)
-            s = SIGMOID_GAIN * torch.sigmoid(value)
-            gates = list(zip(s.split(c, 2), (s * (1 - s / SIGMOID_GAIN) * rate).split(c, 2), strict=True))
-        elif irrep[0] == 0:
-            value, rate = y.unbind(1)
-            t = torch.tanh(value)
-            out.append(TANH_GAIN * torch.stack([t, (1 - t * t) * rate], dim=1))
-        else:
-            (gate, rate_of_gate), (value, rate) = gates.pop(0), y.unbind(1)
-            out.append(torch.stack([value * gate, rate * gate + value * rate_of_gate], dim=1))
-    return torch.cat(out, dim=2)
