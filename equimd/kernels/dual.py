@@ -2,39 +2,66 @@
 
 What training on forces needs: the gradient of Σ c·∂E/∂r with respect to the weights, for given c, is that of the rate
 of change of E along c. It takes one pass forward and one back, where autograd would differentiate a gradient.
+
+Radial weights, the largest of all arrays, exist for some edges at a time: they are read from their table where they
+are used, forward and back, so that they stay in the processor's caches.
 """
 
+import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from equimd.kernels import dual_codegen
+from equimd.kernels import dual_codegen, interpolation
 from equimd.kernels.compiled import compile_kernel
 from equimd.kernels.plan import ConvolutionPlan
 from equimd.kernels.threads import WORK_PER_THREAD, get_num_threads, run_ranges
 from equimd.kernels.topology import Topology
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_CHUNK = 1 << 18
+"""Numbers of the radial weights that exist at a time, for each thread: 1 MiB in float32."""
 
 
-def convolve_dual(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """How radial weights are read from a table: for edge e, ``n_taken`` rows from ``interval[e] · step`` on.
+
+    values (E, 2, n_taken): what each row counts in the value and in its rate of change. interval (E,) int64.
+    """
+
+    values: Tensor
+    interval: Tensor
+    step: int
+
+    @property
+    def n_taken(self) -> int:
+        """Rows that an edge reads."""
+        return self.values.shape[2]
+
+
+def convolve_dual(
+    x: Tensor, sh: Tensor, table: Tensor, shares: Shares, plan: ConvolutionPlan, topology: Topology
+) -> Tensor:
     """``convolve`` of values, and its rate of change, (N, 2, D_out, C); rows in the order of ``dual_codegen.row_of``.
 
-    x (N, 2, D_in, C), sh (E, 2, (l_max_sh+1)²) and radial (E, 2, P, C) hold values and rates of change. Differentiable
-    once in x and radial; sh is a constant.
+    x (N, 2, D_in, C) and sh (E, 2, (l_max_sh+1)²) hold values and rates of change; radial weights are read from
+    table (rows, P, C). Differentiable once in x and table.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit the plan or each other.
+        ValueError: for shapes, dtypes or intervals that do not fit the plan or each other.
     """
     n_edges, n_channels = topology.n_edges, x.shape[-1]
     wanted = {
         "x": (x, (topology.n_senders, 2, plan.dim_in, n_channels)),
         "sh": (sh, (n_edges, 2, plan.dim_sh)),
-        "radial": (radial, (n_edges, 2, plan.n_paths, n_channels)),
+        "table": (table, (table.shape[0], plan.n_paths, n_channels)),
+        "shares": (shares.values, (n_edges, 2, shares.n_taken)),
     }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device.type != "cpu":
@@ -42,46 +69,139 @@ def convolve_dual(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, 
             raise ValueError(f"{name} must be {shape} {x.dtype} on the CPU, got {got}")
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float32 or float64, got {x.dtype}")
-    return _Convolve.apply(x, sh, radial, plan, topology)  # pyright: ignore[reportReturnType]
+    last = (table.shape[0] - shares.n_taken) // shares.step
+    if n_edges and not 0 <= int(shares.interval.min()) <= int(shares.interval.max()) <= last:
+        got = f"{int(shares.interval.min())}..{int(shares.interval.max())}"
+        raise ValueError(f"interval must lie in 0..{last}, got {got}")
+    return _Convolve.apply(x, sh, table, shares, plan, topology)  # pyright: ignore[reportReturnType]
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sh: Tensor, w: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
-        arrays = {"x": x.contiguous(), "sh": sh.contiguous(), "w": w.contiguous()}
-        ctx.save_for_backward(*arrays.values())
-        ctx.plan, ctx.topology = plan, topology
-        arrays["out"] = x.new_empty(topology.n_receivers, 2, plan.dim_out, x.shape[-1])
-        _run("forward", arrays, plan, topology, "out")
-        return arrays["out"]
+    def forward(
+        ctx: Any, x: Tensor, sh: Tensor, table: Tensor, shares: Shares, plan: ConvolutionPlan, topology: Topology
+    ) -> Tensor:
+        pass_ = _Pass(x, sh, table, shares, plan, topology)
+        ctx.save_for_backward(x, sh, table)
+        ctx.rest = shares, plan, topology
+        return pass_.forward()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, sh, w = ctx.saved_tensors
-        need_x, _, need_w = ctx.needs_input_grad[:3]
-        arrays = {"x": x, "sh": sh, "w": w, "g": g.contiguous(), "g_x": torch.empty_like(x), "g_w": torch.empty_like(w)}
-        for name, needed in (("grad_x", need_x), ("grad_w", need_w)):
-            if needed:
-                _run(name, arrays, ctx.plan, ctx.topology, name.replace("grad", "g"))
-        return arrays["g_x"] if need_x else None, None, arrays["g_w"] if need_w else None, None, None
+        pass_ = _Pass(*ctx.saved_tensors, *ctx.rest)
+        need_x, _, need_table = ctx.needs_input_grad[:3]
+        g = g.contiguous()
+        return pass_.grad_x(g) if need_x else None, None, pass_.grad_table(g) if need_table else None, None, None, None
 
 
-def _run(name: str, arrays: dict[str, Tensor], plan: ConvolutionPlan, topology: Topology, result: str) -> None:
-    n_channels = arrays["x"].shape[-1]
-    if topology.n_edges == 0 or arrays[result].numel() == 0:
-        arrays[result].zero_()
-        return
-    kernel, names = _kernel(name, plan, n_channels, _DTYPES[arrays["x"].dtype])
-    n_threads = min(get_num_threads(), 3 * topology.n_edges * n_channels * plan.n_terms // WORK_PER_THREAD)
-    if name == "grad_x":  # each thread has senders of its own to write to
-        arrays[result].numpy().fill(0)  # not by torch: its threads would spin on beside ours
-        order, bounds = topology.sender_groups(max(1, n_threads))
-    else:
-        order, bounds = topology.receiver_order, topology.split(max(1, n_threads))
-    edges = {"order": order, "senders": topology.senders, "receivers": topology.receivers}
-    held = arrays | edges | {"ptr": topology.receiver_ptr}
-    run_ranges(kernel, [held[n].data_ptr() for n in names], bounds)
+class _Pass:
+    """One convolution, or its gradient: kernels called for some edges after others, on several threads."""
+
+    def __init__(
+        self, x: Tensor, sh: Tensor, table: Tensor, shares: Shares, plan: ConvolutionPlan, topology: Topology
+    ) -> None:
+        self.plan, self.topology, self.shares = plan, topology, shares
+        self.x, self.sh, self.table = x.contiguous(), sh.contiguous(), table.contiguous()
+        self.arrays = {
+            "x": self.x,
+            "sh": self.sh,
+            "shares": shares.values.contiguous(),
+            "interval": shares.interval.contiguous(),
+            "senders": topology.senders,
+            "receivers": topology.receivers,
+            "ptr": topology.receiver_ptr,
+        }
+        self.n_channels, self.dtype = x.shape[3], _DTYPES[x.dtype]
+        self.row = 2 * plan.n_paths * self.n_channels  # numbers of an edge
+        work = 3 * topology.n_edges * self.n_channels * plan.n_terms
+        self.n_threads = max(1, min(get_num_threads(), work // WORK_PER_THREAD))
+
+    def forward(self) -> Tensor:
+        """The convolution, by receivers."""
+        out = self.x.new_empty(self.topology.n_receivers, 2, self.plan.dim_out, self.n_channels)
+        arrays = {"out": out, "table": self.table, "order": self.topology.receiver_order}
+
+        def part(low: int, high: int) -> None:
+            for first, last, edges in self._chunks(low, high):
+                w = self._weights(edges)
+                self._call("read", edges.start, edges.stop, arrays, w=w)
+                self._call("forward", first, last, arrays, w=w)
+
+        self._run(part, self.topology.split(self.n_threads), out)
+        return out
+
+    def grad_table(self, g: Tensor) -> Tensor:
+        """The gradient by the table: by receivers, every thread into one of its own."""
+        bounds = self.topology.split(self.n_threads)
+        tables = self.table.new_zeros(len(bounds) - 1, *self.table.shape)
+
+        def part(low: int, high: int) -> None:
+            table = tables[bisect.bisect_right(bounds, low, hi=len(bounds) - 1) - 1]
+            arrays = {"g": g, "table": table, "order": self.topology.receiver_order}
+            for first, last, edges in self._chunks(low, high):
+                w = self._weights(edges)
+                self._call("grad_w", first, last, arrays, g_w=w)
+                self._call("add", edges.start, edges.stop, arrays, w=w)
+
+        self._run(part, bounds, tables)
+        return tables[0] if len(tables) == 1 else tables.sum(dim=0)
+
+    def grad_x(self, g: Tensor) -> Tensor:
+        """The gradient by x: each thread has senders of its own to write to."""
+        g_x = torch.empty_like(self.x)
+        g_x.numpy().fill(0)  # not by torch: its threads would spin on beside ours
+        order, bounds = self.topology.sender_groups(self.n_threads)
+        arrays = {"g": g, "g_x": g_x, "table": self.table, "order": order}
+
+        def part(low: int, high: int) -> None:
+            most = max(1, _CHUNK // self.row)
+            for first in range(low, high, most):
+                edges = range(first, min(first + most, high))
+                w = self._weights(edges)
+                self._call("read", edges.start, edges.stop, arrays, w=w)
+                self._call("grad_x", edges.start, edges.stop, arrays, w=w)
+
+        self._run(part, bounds, g_x)
+        return g_x
+
+    def _run(self, part: Callable[[int, int], None], bounds: Sequence[int], result: Tensor) -> None:
+        if self.topology.n_edges == 0 or result.numel() == 0:
+            result.zero_()
+        else:
+            run_ranges(part, (), bounds)
+
+    def _chunks(self, low: int, high: int) -> Iterator[tuple[int, int, range]]:
+        """Receivers low … high some at a time: the first, the one after the last, and places of the edges into them."""
+        ptr, most = self.topology.receiver_ptr_list, max(1, _CHUNK // self.row)
+        while low < high:
+            last = max(low + 1, bisect.bisect_right(ptr, ptr[low] + most, low, high + 1) - 1)
+            yield low, last, range(ptr[low], ptr[last])
+            low = last
+
+    def _weights(self, edges: range) -> "_Chunk":
+        return _Chunk(self.x.new_empty(len(edges), self.row), edges.start)
+
+    def _call(self, name: str, low: int, high: int, arrays: dict[str, Tensor], **chunks: "_Chunk") -> None:
+        kernel, names = self._kernel(name)
+        held = self.arrays | arrays
+        pointers = [chunks[n].address if n in chunks else held[n].data_ptr() for n in names]
+        kernel(*pointers, low, high)
+
+    def _kernel(self, name: str) -> tuple[Callable[..., None], tuple[str, ...]]:
+        if name in ("read", "add"):
+            make = getattr(interpolation, f"{name}_kernel")
+            n_paths, shares = self.plan.n_paths, self.shares
+            return make(n_paths, self.n_channels, shares.step, shares.n_taken, self.dtype), interpolation.ARGUMENTS
+        return _kernel(name, self.plan, self.n_channels, self.dtype)
+
+
+class _Chunk:
+    """Rows of radial weights from place ``start`` on, and where place 0 would be: kernels count from there."""
+
+    def __init__(self, rows: Tensor, start: int) -> None:
+        self.rows = rows
+        self.address = rows.data_ptr() - start * rows.shape[1] * rows.element_size()
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,9 +5,10 @@ With x, ẋ for features, Y, Ẏ for harmonics and w, ẇ for radial weights, an
 
     out_k += w u_k,    rate of out_k += w v_k + ẇ u_k.
 
-``forward`` is that; ``grad_x`` and ``grad_w`` are its derivatives by x and ẋ, and by w and ẇ. Value and rate lie side
-by side, so that each array has one address and the compiler sees what overlaps. The rows of an output irrep lie m by m,
-then path by path (``row_of``): what one linear map takes next lies side by side, too.
+``forward`` is that, with w in the order in which edges are walked; ``grad_x`` and ``grad_w`` are its derivatives by x
+and ẋ, and by w and ẇ. Value and rate lie side by side, so that each array has one address and the compiler sees what
+overlaps. The rows of an output irrep lie m by m, then path by path (``row_of``): what one linear map takes next lies
+side by side, too.
 """
 
 from equimd.kernels.codegen import couplings, loops, path_terms, signed_sum
@@ -24,7 +25,7 @@ def forward_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel
     s.add("to = out[n]", "to[:] = ZERO")
     _edge_loop(s, plan)
     s.array("w", 2 * plan.n_paths * c)
-    s.add("weight = w[e]", indent=EDGE)
+    s.add("weight = w[m]", indent=EDGE)
     for paths in loops(plan, TERMS_PER_LOOP):
         body = _loads(paths, c, plan)
         for path in paths:
@@ -44,7 +45,7 @@ def grad_w_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
     s.array("g", 2 * plan.dim_out * c), s.array("g_w", 2 * plan.n_paths * c)
     s.add("own = g[n]")
     _edge_loop(s, plan)
-    s.add("to = g_w[e]", indent=EDGE)
+    s.add("to = g_w[m]", indent=EDGE)
     for paths in loops(plan, TERMS_PER_LOOP):
         body = _loads(paths, c, plan)
         for path in paths:
@@ -65,7 +66,7 @@ def grad_x_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
     s, c = Source(dtype, n_channels), n_channels
     s.array("order", kind="INDEX"), s.array("senders", kind="INDEX"), s.array("receivers", kind="INDEX")
     s.array("g", 2 * plan.dim_out * c), s.array("g_x", 2 * plan.dim_in * c), s.array("w", 2 * plan.n_paths * c)
-    s.add("e = order[n]", "to, theirs, weight = g_x[senders[e]], g[receivers[e]], w[e]")
+    s.add("e = order[n]", "to, theirs, weight = g_x[senders[e]], g[receivers[e]], w[n]")
     s.add(*_couplings(s, plan))
     for paths in loops(plan, TERMS_PER_LOOP):
         body: list[str] = []

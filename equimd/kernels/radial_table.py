@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from equimd.kernels.interpolation import Intervals, make_intervals
-
 # Where bond lengths begin to make sense; below, the first polynomial is continued.
 _FIRST = 0.02
 _MAX_INTERVALS = 4096
@@ -72,10 +70,6 @@ class Knots:
             powers.append(powers[-1] * t)
         monomials = _monomials().to(t)
         return torch.stack(powers, dim=1) @ monomials, torch.stack(slopes, dim=1) @ monomials, interval
-
-    def intervals(self, interval: Tensor) -> Intervals:
-        """To interpolate in a table of jets (3·(K + 1), M), knot by knot, at edges in these intervals (E,)."""
-        return make_intervals(interval, self.n_intervals, step=3, n_taken=6)
 
     def table(self, jet: Tensor) -> "RadialTable":
         """The polynomials between the knots of functions with this jet (3, K + 1, …); the error is not known."""

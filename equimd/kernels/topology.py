@@ -53,6 +53,11 @@ class Topology:
         """Number of edges E."""
         return int(self.senders.shape[0])
 
+    @functools.cached_property
+    def receiver_ptr_list(self) -> list[int]:
+        """``receiver_ptr`` as numbers."""
+        return self.receiver_ptr.tolist()
+
     def split(self, n_parts: int) -> list[int]:
         """Bounds of ``n_parts`` consecutive ranges of receivers with about equally many edges."""
         if n_parts == 1:

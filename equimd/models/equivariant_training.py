@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from equimd.graph import AtomGraph, edge_vectors
-from equimd.kernels.dual import convolve_dual
+from equimd.kernels.dual import Shares, convolve_dual
 from equimd.kernels.dual_mixing import map_rows, mix_and_gate
 from equimd.kernels.harmonics import moving_harmonics
-from equimd.kernels.interpolation import Intervals, interpolate
 from equimd.kernels.radial_table import Knots
 from equimd.models.dual_training import Trainer, threads_of_torch
 from equimd.models.potential import FrozenOutput, geometry_of, topology_of
@@ -69,14 +68,13 @@ class EquivariantTrainer(Trainer):
         potential, topology = self.potential, topology_of(graph)
         with torch.no_grad():
             vectors = edge_vectors(graph, torch.float64)
-            harmonics, shares, intervals = self._geometry(vectors, directions.to(vectors.dtype))
+            harmonics, shares = self._geometry(vectors, directions.to(vectors.dtype))
         start = potential.embedding[potential.species_of(graph)]
         x = torch.stack([start, torch.zeros_like(start)], dim=1).unsqueeze(2)  # (N, 2, 1, C)
         for layer, jet in zip(potential.interactions, jets, strict=True):
-            table = jet.transpose(0, 1).reshape(intervals.n_rows, -1)
-            weights = interpolate(shares, table, intervals).view(topology.n_edges, 2, *layer.radial.shape)
+            table = jet.transpose(0, 1).flatten(0, 1)  # knot by knot
             h = map_rows(x, list(layer.up.weights), layer.irreps_in)
-            message = convolve_dual(h, harmonics, weights, layer.plan, topology)
+            message = convolve_dual(h, harmonics, table, shares, layer.plan, topology)
             x = mix_and_gate(message, x, list(layer.mix.weights), layer.plan)
         hidden, last = potential.readout_maps
         y = x.flatten(2) @ hidden.weight.T
@@ -84,8 +82,8 @@ class EquivariantTrainer(Trainer):
         outputs, rates = (y @ last.weight.T).squeeze(2).unbind(1)
         return torch.stack([outputs + last.bias, rates], dim=1)
 
-    def _geometry(self, vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Intervals]:
-        """Values and rates of harmonics (E, 2, S), of shares in the knots (2E, 6), and the intervals of these."""
+    def _geometry(self, vectors: Tensor, directions: Tensor) -> tuple[Tensor, Shares]:
+        """Values and rates of harmonics (E, 2, S), and of shares in the knots."""
         potential = self.potential
         distances = safe_norm(vectors)
         units = vectors / distances.unsqueeze(1)
@@ -94,10 +92,9 @@ class EquivariantTrainer(Trainer):
         *shares, interval = self.knots.moving_shares(distances, lengthening)
         harmonics = moving_harmonics(units, turning, potential.settings.l_max)
         inside = (distances <= potential.cutoff).view(-1, 1, 1)  # beyond, nothing is known of radial functions
-        values = (torch.stack(shares, dim=1) * inside).flatten(0, 1)
+        values = torch.stack(shares, dim=1) * inside
         moving = torch.stack(harmonics, dim=1) * potential.message_scale
-        intervals = self.knots.intervals(interval.repeat_interleave(2))
-        return moving.to(potential.dtype), values.to(potential.dtype), intervals
+        return moving.to(potential.dtype), Shares(values.to(potential.dtype), interval, step=3)
 
 
 def _silu(y: Tensor) -> Tensor:

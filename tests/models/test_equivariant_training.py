@@ -74,9 +74,9 @@ def test_a_missing_rate_is_noticed(monkeypatch):
     right = equivariant_training.EquivariantTrainer._geometry
 
     def wrong(self, vectors, directions):
-        harmonics, shares, intervals = right(self, vectors, directions)
+        harmonics, shares = right(self, vectors, directions)
         harmonics[:, 1] = 0.0
-        return harmonics, shares, intervals
+        return harmonics, shares
 
     monkeypatch.setattr(equivariant_training.EquivariantTrainer, "_geometry", wrong)
     potential, graph = trainable(), make_graph()
