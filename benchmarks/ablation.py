@@ -6,26 +6,32 @@ Ethanol (data/ethanol), one thread of one core for each training; the schedule e
 setting that makes steps cheaper gets more of them. Kernels and graphs are compiled and cached before the clock starts.
 Several seeds of the base say how much a difference must be to mean anything. Trainings that are done are not done
 again; --jobs 2 trains two at once, each on a core of its own. Writes benchmarks/results/ablation.json and the table in
-docs/ablation.md: about two hours of a core.
+docs/ablation.md: about a hundred minutes of a core. A part of it, by --family or --only, is printed.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tables import markdown, write_table
+
+if TYPE_CHECKING:
+    from equimd.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 PAGE = ROOT / "docs" / "ablation.md"
 DATA = ROOT / "data" / "ethanol"
 FAMILIES = ("equivariant", "transformer")
+ROW = "row.json"
+"""What a training leaves in its folder: its recipe, its result, and where and when it was made."""
 UNLIMITED = 10_000_000  # steps; the minutes end a training before
 
 
@@ -130,37 +136,62 @@ def recipe(family: str, minutes: float) -> dict[str, Any]:
 
 
 def work(family: str, overrides: Sequence[str], minutes: float, folder: Path) -> None:
-    """Compile by some steps, then train; in a process of its own."""
+    """Compile by some steps, train, and write the row into the folder; in a process of its own."""
+    import tempfile
+
+    from equimd.results import provenance, write_text_atomically
+    from equimd.training import train
+
+    wanted = resolved(family, overrides, minutes)
+    once = resolved(family, [*overrides, "steps=20", "max_minutes=null", "validation.symmetry_frames=0"], minutes)
+    with tempfile.TemporaryDirectory() as compiled:
+        train(once, Path(compiled) / "run", progress=False)
+    result = train(wanted, folder, progress=False)
+    row = {
+        "recipe": wanted.model_dump(mode="json"),
+        "result": result.model_dump(mode="json"),
+        "provenance": provenance(n_threads=1).model_dump(),
+    }
+    write_text_atomically(folder / ROW, json.dumps(row))
+
+
+def resolved(family: str, overrides: Sequence[str], minutes: float) -> "Recipe":
+    """The recipe of a variant, with all its defaults."""
     import tempfile
 
     import yaml
 
-    from equimd.training import load_recipe, train
+    from equimd.training import load_recipe
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / f"{folder.name}.yaml"
-    path.write_text(yaml.safe_dump(recipe(family, minutes)), encoding="utf-8")
-    with tempfile.TemporaryDirectory() as once:
-        train(
-            load_recipe(path, [*overrides, "steps=20", "max_minutes=null", "validation.symmetry_frames=0"]),
-            Path(once) / "run",
-            progress=False,
-        )
-    train(load_recipe(path, overrides), folder, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe(family, minutes)), encoding="utf-8")
+        return load_recipe(path, list(overrides))
 
 
-def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str, Any]:
-    """The row of one variant, trained unless it is there."""
+def trained(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``work`` left in a folder; None unless it is of this very recipe."""
+    if not (folder / ROW).exists():
+        return None
+    row = json.loads((folder / ROW).read_text(encoding="utf-8"))
+    return row if row["recipe"] == wanted else None
+
+
+def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str, Any] | str:
+    """The row of one variant, trained unless it is there; or what went wrong."""
     name = "-".join(f"{family} {variant.factor} {variant.label}".replace(",", "").replace("×", "x").split())
-    result = folder / name / "result.json"
-    if not result.exists():
+    wanted = resolved(family, variant.overrides, minutes).model_dump(mode="json")
+    found = trained(folder / name, wanted)
+    if found is None:
+        shutil.rmtree(folder / name, ignore_errors=True)  # of other settings, or not finished: minutes do not resume
         arguments = json.dumps([family, variant.overrides, minutes, str(folder / name)])
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--worker", arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    values = json.loads(result.read_text(encoding="utf-8"))
+        found = trained(folder / name, wanted)
+        if found is None:
+            return f"{name}: {(done.stderr.strip() or 'no result').splitlines()[-1]}"
+    values, made = found["result"], found["provenance"]
     row = {
         "family": family,
         "factor": variant.factor,
@@ -173,7 +204,8 @@ def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str
         "valid": values["valid"],
         "test": values["test"],
         "symmetry": values["symmetry"],
-        "device": values["device"],
+        "processor": made["processor"],
+        "date": made["date"],
     }
     print(
         f"{family:12} {variant.factor:20} {variant.label:28} {1e3 * row['valid']['force_mae']:7.2f} meV/Å", flush=True
@@ -222,8 +254,11 @@ def table(results: dict[str, Any]) -> str:
         parts.append(f"**{family}**\n\n{markdown(head, lines)}")
     made = results["provenance"]
     at_once = f", {results['jobs']} trainings at once" if results["jobs"] > 1 else ""
+    where = " and ".join(sorted({row["processor"] for row in results["rows"]}))
+    dates = sorted({row["date"] for row in results["rows"]})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     parts.append(
-        f"{results['minutes']:g} device-minutes each, one thread{at_once}; {made['processor']}, {made['date']};"
+        f"{results['minutes']:g} device-minutes each, one thread{at_once}; {where}, {when};"
         f" torch=={made['versions']['torch']}, equimd=={made['versions']['equimd']}."
     )
     return "\n\n".join(parts)
@@ -244,24 +279,24 @@ def main() -> None:
         family, overrides, minutes, folder = json.loads(options.worker)
         work(family, overrides, minutes, Path(folder))
         return
-    asked = [
-        (family, variant)
-        for family in options.family or FAMILIES
-        for variant in VARIANTS[family]
-        if options.only is None or variant.factor in options.only
-    ]
+    families = options.family or list(FAMILIES)
+    factors = None if options.only is None else {"base", *options.only}  # the base is what all are compared with
+    asked = [(f, v) for f in families for v in VARIANTS[f] if factors is None or v.factor in factors]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda pair: run(*pair, options.minutes, options.work.resolve()), asked))
+        found = list(pool.map(lambda pair: run(pair[0], pair[1], options.minutes, options.work.resolve()), asked))
+    failed = [text for text in found if isinstance(text, str)]
+    if failed:
+        sys.exit("\n".join([*failed, "nothing is written; what is trained is kept"]))
     from equimd.results import provenance, write_text_atomically
 
     results = {
         "schema_version": 1,
         "minutes": options.minutes,
         "jobs": options.jobs,
-        "rows": rows,
+        "rows": found,
         "provenance": provenance(n_threads=1).model_dump(),
     }
-    if options.print:
+    if options.print or factors is not None or set(families) != set(FAMILIES):
         print(table(results))
         return
     write_text_atomically(RESULTS, json.dumps(results, indent=2) + "\n")

@@ -1,8 +1,10 @@
 """The ablation: every variant is a recipe that differs from the base in what it says."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -43,10 +45,32 @@ def test_table_compares_with_the_mean_of_the_base(ablation):
             "valid": {"force_mae": force_mae, "energy_per_atom_mae": 0.001},
             "test": {"force_mae": force_mae},
             "symmetry": {"percent_of_loss": 0.0},
+            "processor": "a processor",
+            "date": "2026-01-02" if factor == "loss" else "2026-01-01",
         }
 
     rows = [row("base", 0.010), row("base", 0.014), row("loss", 0.018)]
-    made = {"processor": "a processor", "date": "today", "versions": {"torch": "2", "equimd": "0"}}
+    made = {"versions": {"torch": "2", "equimd": "0"}}
     text = ablation.table({"rows": rows, "minutes": 2.0, "jobs": 1, "provenance": made})
     assert "| 18.0 | +50 % | 18.0 |" in text
     assert "| 10.0 | -17 % | 10.0 |" in text
+    assert "a processor, 2026-01-01 to 2026-01-02" in text
+
+
+def test_only_trainings_of_the_same_recipe_are_used_again(ablation, tmp_path):
+    wanted = ablation.resolved("transformer", ("optimizer.lr=1e-3",), 2.0).model_dump(mode="json")
+    assert ablation.trained(tmp_path, wanted) is None
+    (tmp_path / ablation.ROW).write_text(json.dumps({"recipe": wanted, "result": {}}))
+    assert ablation.trained(tmp_path, wanted) is not None
+    for overrides, minutes in ((("optimizer.lr=1e-3",), 3.0), (("optimizer.lr=2e-3",), 2.0)):
+        other = ablation.resolved("transformer", overrides, minutes).model_dump(mode="json")
+        assert ablation.trained(tmp_path, other) is None
+
+
+def test_what_fails_is_said_and_nothing_is_written(ablation, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation.subprocess, "run", lambda *_, **__: SimpleNamespace(stderr="a\nno room", returncode=1))
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(sys, "argv", ["ablation", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="no room"):
+        ablation.main()
+    assert not (tmp_path / "results.json").exists()
