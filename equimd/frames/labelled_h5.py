@@ -11,8 +11,9 @@ whatever their case, for T frames of N atoms:
     cell, pbc        cell, cells, lattice; pbc                                (3, 3) or (T, 3, 3); (3,) or (T, 3)
     stress           the names of `labels`                                    (T, 3, 3) or (T, 6)
 
-Other names are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces), as they must be where a molecule
-has two of these. Labels may be in a group ``properties`` of the molecule's. Units come from attributes `unit` or
+Other names, or paths, are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces), letter by letter, as
+must one of two energies, forces or stresses of a molecule. Forces with the name of a gradient are one. Labels may be
+in a group ``properties`` of the molecule's. Units come from attributes `unit` or
 `units` of the datasets, or else must be given: such files agree on nothing. A label that is NaN throughout, as in
 ANI-1x, or the text "None", as in MACE, is one that the frame has not.
 """
@@ -34,6 +35,8 @@ from equimd.frames.labels import ENERGY_NAMES, FORCES_NAMES, STRESS_NAMES, Label
 FRAMES_PER_CHUNK = 500
 NUMBERS = ("atomic_numbers", "numbers", "species", "z", "nuclear_charges")
 POSITIONS = ("positions", "coordinates", "conformations", "coords", "r")
+_KEYED = ("energy", "forces", "stress")
+"""What a key may name; of the rest, the first of the names counts."""
 _NAMES = {
     "energy": (*ENERGY_NAMES, "energies", "dft_total_energy"),
     "forces": FORCES_NAMES,
@@ -80,9 +83,10 @@ class LabelledH5:
         """Labelled frames, molecule by molecule; None where ``keep`` (index, number of atoms) says no.
 
         Raises:
-            InputError: for shapes that do not fit, elements or units that are not known.
+            InputError: for shapes that do not fit, elements or units that are not known, keys of no molecule.
         """
         with self._open() as file:
+            self._check_keys(file)
             index = 0
             for group in molecules(file):
                 for atoms in self._molecule(group, index, keep):
@@ -129,17 +133,29 @@ class LabelledH5:
         for name, usual in _NAMES.items():
             key = getattr(self._keys, name, None)
             if key is not None:
-                found[name] = _found(_named(group, (key,)))
-            elif name != "gradients" or (found["forces"] is None and self._keys.forces is None):
-                stored = _named(group, usual)
-                if len(stored) > 1:
-                    names = " and ".join(values.name for values in stored)
-                    raise InputError(f"{self.path}: has {names}; accepted: one of them, or its name given as a key")
-                found[name] = _found(stored)
+                found[name] = _keyed(group, key)
+                continue
+            stored = _named(group, usual)
+            if len(stored) > 1 and name in _KEYED:
+                names = " and ".join(values.name for values in stored)
+                raise InputError(f"{self.path}: has {names}; accepted: one of them, or its name as the key {name}")
+            found[name] = stored[0] if stored else None
+        key = self._keys.forces
+        if key is not None and key.rsplit("/", 1)[-1].lower() in _NAMES["gradients"]:
+            found["gradients"], found["forces"] = found["forces"], None
+        elif key is not None or found["forces"] is not None:
+            found["gradients"] = None
         shape = found["positions"].shape
         if len(shape) not in (2, 3) or shape[-1] != 3:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
         return {name: self._column(name, values, shape) for name, values in found.items() if values is not None}
+
+    def _check_keys(self, file: h5py.File) -> None:
+        """Some molecules may lack a label; a key that all of them lack is a mistake."""
+        for name in _KEYED:
+            key = getattr(self._keys, name)
+            if key is not None and all(_keyed(group, key) is None for group in molecules(file)):
+                raise InputError(f"{self.path}: no molecule has {key!r}, the key of {name}; accepted: a dataset's name")
 
     def _column(self, name: str, values: Any, shape: tuple[int, ...]) -> _Column:
         """``shape`` is that of the positions."""
@@ -210,19 +226,28 @@ def _find(group: Any, names: tuple[str, ...]) -> Any:
 
 
 def _named(group: Any, names: tuple[str, ...]) -> list[Any]:
-    """The datasets with one of these names, whatever its case, of the group or its ``properties``; none for "None"."""
+    """The datasets of the group or its ``properties`` with one of these names, whatever its case, in their order."""
+    found = [
+        (names.index(name.lower()), place[name]) for place in _places(group) for name in place if name.lower() in names
+    ]
+    return [values for _, values in sorted(found, key=lambda pair: pair[0]) if _is_label(values)]
+
+
+def _keyed(group: Any, key: str) -> Any:
+    """The dataset of exactly this name or path, of the group or else its ``properties``; None where there is none."""
+    return next((values for place in _places(group) if _is_label(values := place.get(key))), None)
+
+
+def _places(group: Any) -> list[Any]:
     inner = group.get("properties")
-    places = [group, inner] if isinstance(inner, h5py.Group) else [group]
-    wanted = {name.lower() for name in names}
-    found = [place[name] for place in places for name in place if name.lower() in wanted]
-    return [values for values in found if isinstance(values, h5py.Dataset) and not _is_none(values)]
+    return [group, inner] if isinstance(inner, h5py.Group) else [group]
 
 
-def _found(datasets: list[Any]) -> Any:
-    return datasets[0] if datasets else None
+def _is_label(values: Any) -> bool:
+    return isinstance(values, h5py.Dataset) and not _is_none(values)
 
 
-def _is_none(values: Any) -> bool:
+def _is_none(values: h5py.Dataset) -> bool:
     return values.shape == () and h5py.check_string_dtype(values.dtype) is not None and values.asstr()[()] == "None"
 
 

@@ -91,10 +91,33 @@ def test_a_group_for_each_frame_as_mace_writes(tmp_path, inner):
 
 def test_one_of_two_labels_must_be_named(tmp_path):
     path = flat(tmp_path / "a.h5", dft_energy=np.ones(2))
-    with pytest.raises(InputError, match="has /dft_energy and /energies; .* given as a key"):
+    with pytest.raises(InputError, match=r"has /\w*energ\w* and /\w*energ\w*; .* its name as the key energy"):
         read_list(path, units=UnitSpec())
     named = read_list(path, units=UnitSpec(), keys=LabelKeys(energy="dft_energy"))
     assert labels_of(named[0])["energy"] == 1.0
+
+
+def test_keys_are_taken_letter_by_letter_and_may_be_paths(tmp_path):
+    stored = {"E": np.full(2, -1.0), "e": np.full(2, -2.0), "labels/energy": np.full(2, -3.0)}
+    path = flat(tmp_path / "a.h5", **stored, **{"properties/energies": np.full(2, -4.0)})
+    for key, value in (("e", -2.0), ("labels/energy", -3.0), ("properties/energies", -4.0), ("energies", 0.0)):
+        frames = read_list(path, units=UnitSpec(), keys=LabelKeys(energy=key))
+        assert labels_of(frames[0])["energy"] == value
+    with pytest.raises(InputError, match="no molecule has 'Energies', the key of energy"):
+        read_list(path, units=UnitSpec(), keys=LabelKeys(energy="Energies"))
+
+
+def test_gradients_stay_gradients_where_they_are_named(tmp_path):
+    gradient = RNG.normal(size=(2, 3, 3))
+    path = flat(tmp_path / "a.h5", gradients=gradient, dft_total_gradient=2.0 * gradient)
+    for key, forces in ((None, 0.0 * gradient), ("gradients", -gradient), ("dft_total_gradient", -2.0 * gradient)):
+        frames = read_list(path, units=UnitSpec(), keys=LabelKeys(forces=key))
+        np.testing.assert_allclose(frames[1].get_forces(), forces[1])
+
+
+def test_of_two_cells_the_first_name_counts(tmp_path):
+    path = flat(tmp_path / "a.h5", lattice=20.0 * np.eye(3), cell=30.0 * np.eye(3))
+    np.testing.assert_array_equal(read_list(path, units=UnitSpec())[0].cell, 30.0 * np.eye(3))
 
 
 def flat(path, **changes):
