@@ -8,9 +8,9 @@ With t the part of the training that is done and f = schedule.final, the factor 
     wsd        1, and linear from 1 to f over the last ``decay_fraction`` (Hägele et al. 2024, arXiv:2405.18392)
     plateau    1, times ``factor`` after ``patience`` validations in a row without a better metric; f at the least
 
-A training of kind constant, wsd or plateau may be resumed with more steps or epochs than it began with: until the decay
-of wsd begins, nothing that was done depends on the length, unless the recipe has pretraining, denoising whose weight
-falls, or weights of the loss that change.
+A training of kind constant, wsd or plateau may be resumed with more steps, epochs or minutes than it began with: until
+the decay of wsd begins, nothing that was done depends on the length, unless the recipe has pretraining, denoising whose
+weight falls, or weights of the loss that change.
 """
 
 import math

@@ -75,9 +75,9 @@ def prepare(recipe: Recipe, device: torch.device, progress: bool = False) -> Set
 
 def _identity(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe must be the same at a resume: all but where it runs, in what pieces, and what it reports."""
-    free = ("checkpoint", "device", "logging", "max_minutes", "n_threads")
+    free = ("checkpoint", "device", "logging", "n_threads")
     if recipe.schedule.kind in EXTENDABLE and not _depends_on_length(recipe):
-        free += ("epochs", "steps")
+        free += ("epochs", "max_minutes", "steps")  # elsewhere, another length would wind the schedule back
     kept = {key: value for key, value in resolved.items() if key not in free}
     for section, names in (("batch", ("max_edges_per_pass",)), ("validation", ("max_edges", "symmetry_frames"))):
         kept[section] = {name: value for name, value in kept[section].items() if name not in names}

@@ -156,7 +156,12 @@ def test_the_ledger_adds_up_over_sessions(folder, values, monkeypatch):
     assert again.sessions == 2
     assert again.stopped == "budget"
     assert again.steps == first.steps
-    more = train(make_recipe({**values, "max_minutes": 600.0}, folder), folder / "run", resume=True, progress=False)
+    with pytest.raises(InputError, match="cannot resume .*max_minutes"):  # its learning rate has fallen already
+        train(make_recipe({**values, "max_minutes": 600.0}, folder), folder / "run", resume=True, progress=False)
+    values["schedule"] = {"kind": "constant"}
+    train(make_recipe({**values, "max_minutes": 5.0}, folder), folder / "constant", progress=False)
+    longer = make_recipe({**values, "max_minutes": 600.0}, folder)
+    more = train(longer, folder / "constant", resume=True, progress=False)
     assert (more.steps, more.stopped) == (10, "finished")
 
 
