@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from ase.geometry import find_mic
 
 if TYPE_CHECKING:
     from equimd.frames.arrays import FrameArrays
@@ -96,7 +97,7 @@ def _search(known: "FrameArrays", others: "FrameArrays") -> Iterator[tuple[int, 
 def _equal(a: "FrameArrays", p: int, b: "FrameArrays", q: int) -> bool:
     """Whether the elements and all distances between atoms of the same elements agree; without distances nothing does.
 
-    Only those within the cutoff are known where frames are periodic or large.
+    Where frames are periodic, those of nearest images and those within the cutoff; where large, only the latter.
     """
     if not np.array_equal(np.sort(a.frame(p)["numbers"]), np.sort(b.frame(q)["numbers"])):
         return False
@@ -114,18 +115,27 @@ def _equal(a: "FrameArrays", p: int, b: "FrameArrays", q: int) -> bool:
 
 
 def _distances(frames: "FrameArrays", k: int) -> dict[int, np.ndarray]:
-    """Ascending distances by pair of elements: all of a molecule, within the cutoff where it is periodic or large."""
+    """Ascending distances by pair of elements, of all pairs of atoms and, by keys of their own, of all edges."""
     frame = frames.frame(k)
-    numbers, positions = frame["numbers"].astype(np.int64), frame["positions"]
-    if not frame["pbc"].any() and len(numbers) <= _ALL_PAIRS:
+    numbers, positions, is_periodic = frame["numbers"].astype(np.int64), frame["positions"], frame["pbc"].any()
+    is_small, found = len(numbers) <= _ALL_PAIRS, {}
+    if is_small:
         i, j = np.triu_indices(len(numbers), 1)
         vectors = positions[j] - positions[i]
-    else:
+        if is_periodic and len(vectors):
+            vectors = find_mic(vectors, frame["cell"], frame["pbc"])[0]  # pyright: ignore[reportArgumentType]
+        found |= _by_elements(numbers[i], numbers[j], vectors, 0)
+    if is_periodic or not is_small:
         i, j = frame["edges"].T
         vectors = positions[j] - positions[i] + frame["shifts"] @ frame["cell"]
+        found |= _by_elements(numbers[i], numbers[j], vectors, 1)
+    return found
+
+
+def _by_elements(first: np.ndarray, second: np.ndarray, vectors: np.ndarray, kind: int) -> dict[int, np.ndarray]:
+    """Ascending lengths by the atomic numbers at both ends, and by ``kind``."""
     distances = np.linalg.norm(vectors, axis=1)
-    low, high = np.minimum(numbers[i], numbers[j]), np.maximum(numbers[i], numbers[j])
-    code = low * 256 + high
+    code = (kind * 256 + np.minimum(first, second)) * 256 + np.maximum(first, second)
     order = np.lexsort((distances, code))
     codes, starts = np.unique(code[order], return_index=True)
     return dict(zip(codes.tolist(), np.split(distances[order], starts[1:]), strict=True)) if len(codes) else {}

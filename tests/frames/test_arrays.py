@@ -198,6 +198,22 @@ def test_frames_without_neighbours_are_no_duplicates_of_each_other():
     assert duplicates_within(near) == [(1, 0)]
 
 
+def test_how_far_apart_two_molecules_are_in_a_cell_counts():
+    """Beyond the cutoff no edge tells; nearest images do, across the border of the cell too."""
+
+    def pair(distance, shift=0.0):
+        atoms = molecule("H2", cell=[30.0] * 3, pbc=True)
+        other = atoms.copy()
+        other.translate([distance, 0, 0])
+        atoms += other
+        atoms.translate([shift, 0, 0])
+        atoms.wrap()
+        return atoms
+
+    frames = [pair(6.0), pair(8.0), pair(11.0), pair(8.0, shift=25.0)]
+    assert duplicates_within(packed(frames)) == [(3, 1)]
+
+
 def test_elements_beyond_the_cutoff_count():
     frames = [dimer("ArAr", 3.0) + Atoms(symbol, [[15.0] * 3]) for symbol in ("Ar", "Kr")]
     assert duplicates_within(packed(frames, cutoff=4.0)) == []
