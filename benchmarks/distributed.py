@@ -85,14 +85,19 @@ def kill_one(name: str, work: Path) -> dict[str, Any]:
     out = work / "killed"
     settings = ("schedule.kind=constant", "checkpoint.steps=20")  # of a length that may change
     process = start(name, out, 2, "steps=100000", *settings)
-    while not (out / STATE_FILE).exists():
+    done = 0
+    while done < 20:
         time.sleep(0.1)
         if process.poll() is not None:
             raise RuntimeError(process.communicate()[1])
-    time.sleep(5)
+        if (out / STATE_FILE).exists():
+            done = read_tensors(out / STATE_FILE, FORMAT)[0]["progress"]["step"]
     os.kill(ranks(process.pid)[1], signal.SIGKILL)
     killed = time.monotonic()
-    process.communicate(timeout=120)
+    try:
+        process.communicate(timeout=120)
+    finally:
+        process.kill()  # torchrun takes its processes along
     seconds = time.monotonic() - killed
     done = read_tensors(out / STATE_FILE, FORMAT)[0]["progress"]["step"]
     finish(start(name, out, 1, f"steps={done + 20}", *settings, resume=True))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import yaml
@@ -115,6 +116,12 @@ def _errors(calculator: Any, frames: list) -> dict[str, Any]:
     return block
 
 
+def _processes(training: dict[str, Any]) -> str:
+    """How a training used its machine."""
+    devices, threads = training["n_devices"], training["n_threads"]
+    return f"{devices} process{'es' * (devices > 1)} of {threads} thread{'s' * (threads > 1)}"
+
+
 def write_table() -> None:
     """Replace what stands between the markers in the README by the table of all cards."""
     cards = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*/card.yaml"))]
@@ -127,7 +134,7 @@ def write_table() -> None:
 def table(cards: list[dict[str, Any]]) -> str:
     """The cards as a Markdown table; letters say on which machine a row was timed and trained."""
     machines = sorted({name for card in cards for name in (card["machine"], card["training"]["device"])})
-    letters = dict(zip(machines, "abcdefgh", strict=False))
+    letters = {name: ascii_lowercase[k] for k, name in enumerate(machines)}
     rows = [
         "| potential | reference | force MAE, test / hot (meV/Å) | energy MAE (meV/atom) | symmetry error (meV/Å) "
         "| % of loss | ms per MD step (atoms) | training: device-hours, frames/s |",
@@ -148,7 +155,9 @@ def table(cards: list[dict[str, Any]]) -> str:
     dates = {name: sorted({card["date"] for card in cards if card["machine"] == name}) for name in machines}
     where = "; ".join(" ".join([f"{letters[name]}: {name},", *dates[name]]) for name in machines)
     note = " * Times varied by more than 20 %." if any(card["speed"]["unstable"] for card in cards) else ""
-    threads = "Training took one thread, MD two; frames/s count validations in."
+    training = " or ".join(sorted({_processes(card["training"]) for card in cards}))
+    speed = " or ".join(sorted({str(card["speed"]["n_threads"]) for card in cards}))
+    threads = f"Training took {training}, MD {speed} threads; frames/s count validations in."
     return "\n".join(rows) + f"\n\n{where}. {threads}{note}"
 
 

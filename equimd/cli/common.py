@@ -38,10 +38,20 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
 Topology = Annotated[Path | None, typer.Option(help="A file with the elements, for DCD, XTC and TRR.")]
 Units = Annotated[
-    list[str] | None, typer.Option("--unit", metavar="WHAT=UNIT", help="energy=kcal/mol, length=nm, stress=GPa, ….")
+    list[str] | None,
+    typer.Option(
+        "--unit",
+        metavar="WHAT=UNIT",
+        help="energy=kcal/mol, length=nm, stress=GPa, force_energy=Ha, force_length=Bohr.",
+    ),
 ]
 Keys = Annotated[
-    list[str] | None, typer.Option("--key", metavar="LABEL=NAME", help="Name of a label in the file: forces=F, ….")
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="LABEL=NAME",
+        help="Name of a label in the file: forces=F, …; voigt=vasp and stress_sign=-1 for VASP's stress.",
+    ),
 ]
 
 

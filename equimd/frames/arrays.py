@@ -27,7 +27,7 @@ META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
 _NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
-_NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
 """Bytes up to which arrays are held in memory instead of files."""
 
@@ -342,6 +342,6 @@ def open_arrays(folder: Path) -> FrameArrays | None:
         lengths |= dict.fromkeys(ATOM_FIELDS, n_atoms) | dict.fromkeys(EDGE_FIELDS, n_edges)
         return opened if all(len(arrays[name]) == length for name, length in lengths.items()) else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno in _NOT_FOR_WANT_OF_FILES:
+        if isinstance(error, OSError) and error.errno in NOT_FOR_WANT_OF_FILES:
             raise
         return None

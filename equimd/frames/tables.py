@@ -29,12 +29,32 @@ def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) ->
         InputError: for a file that is damaged, or no database.
     """
     with _open_database(path) as database:
-        spec = unit_spec or _database_units(path, dict(database.metadata), keys)
-        index, last = 0, 0  # ASE fetches at once whatever is selected
-        while rows := list(database.select(f"id>{last}", sort="id", limit=_ROWS_PER_PAGE)):
+        with _naming(f"{path}: the metadata"):
+            spec = unit_spec or _database_units(path, dict(database.metadata), keys)
+        index, last = 0, 0
+        while True:
+            with _naming(f"{path}: a row from number {index} on"):  # ASE fetches at once whatever is selected
+                rows = list(database.select(f"id>{last}", sort="id", limit=_ROWS_PER_PAGE))
+            if not rows:
+                return
             for row in rows:
-                yield _frame_of_row(row, spec, keys, f"{path}, row {index}")
+                where = f"{path}, row {index}"
+                with _naming(where):
+                    atoms = _frame_of_row(row, spec, keys, where)
+                yield atoms
                 index, last = index + 1, row.id
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """What damaged values do to ASE is told in one line, with where they are."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, zlib.error) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where} cannot be read ({what}); accepted: a whole database of ASE") from error
 
 
 def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
@@ -67,6 +87,10 @@ def _open_database(path: Path) -> Iterator[Any]:
 
     try:
         yield connect(path)
+    except sqlite3.OperationalError as error:
+        raise InputError(
+            f"{path}: cannot be opened or read now ({error}); is another program writing to it?"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path}: cannot be read ({error}); accepted: a whole database of ASE") from error
 

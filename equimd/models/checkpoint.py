@@ -244,12 +244,13 @@ def _load_ensemble(folder: Path, device: str | torch.device, dtype: str) -> Pote
         raise InputError(f"{file} holds no list 'members' of names of folders beside it") from error
     loaded = [load_checkpoint(folder / name / MODEL_FILE, device, dtype) for name in names]
     ensemble = EnsemblePotential([potential for potential, _ in loaded]).eval()
-    ledger = loaded[0][1].get("ledger") or {}
+    ledgers = [header.get("ledger") or {} for _, header in loaded]
+    costs = {key: sum(ledger.get(key) or 0 for ledger in ledgers) for key in ("hours", "steps", "frames_seen")}
     ensemble.header = {  # type: ignore[assignment]
         **loaded[0][1],
         "name": content.get("name", folder.name),
         "members": names,
-        "ledger": {**ledger, "device_hours": content.get("device_hours")},
+        "ledger": {**ledgers[0], **costs, "device_hours": content.get("device_hours")},
     }
     ensemble.card = _read_card(folder / "card.yaml")  # type: ignore[assignment]
     return ensemble

@@ -30,7 +30,15 @@ from pydantic import BaseModel, ValidationError
 
 from equimd.errors import FailedError, InputError
 from equimd.frames import Frames, LabelKeys, UnitSpec, read_frames
-from equimd.frames.arrays import FORMAT_VERSION, META_FILE, FrameArrays, Packer, is_isolated_atom, open_arrays
+from equimd.frames.arrays import (
+    FORMAT_VERSION,
+    META_FILE,
+    NOT_FOR_WANT_OF_FILES,
+    FrameArrays,
+    Packer,
+    is_isolated_atom,
+    open_arrays,
+)
 from equimd.frames.reading import format_suffix
 from equimd.frames.tables import lmdb_shards
 from equimd.kernels.compiled import cache_folder
@@ -74,13 +82,7 @@ def frame_arrays(request: Request, progress: bool = False) -> FrameArrays:
         FailedError: for a full disk, or where memory or open files are at their limit.
     """
     entry = graphs_folder() / _key(request)
-    try:
-        found = open_arrays(entry)
-    except OSError as error:
-        raise FailedError(
-            f"cannot map the graphs of {request.name} from {entry}: {error.strerror or error}; raise the limits of"
-            " address space and of open files (ulimit -v, ulimit -n)"
-        ) from error
+    found = _open(request, entry)
     if found is None:
         return _build(request, entry, progress)
     with contextlib.suppress(OSError):
@@ -148,6 +150,21 @@ class _FoundError(Exception):
     """Another process has built the entry in the meantime."""
 
 
+def _open(request: Request, entry: Path) -> FrameArrays | None:
+    """What is there, whole; None where nothing is."""
+    try:
+        return open_arrays(entry)
+    except OSError as error:
+        raise _limited(request, entry, error) from error
+
+
+def _limited(request: Request, entry: Path, error: OSError) -> FailedError:
+    return FailedError(
+        f"cannot map the graphs of {request.name} from {entry}: {error.strerror or error}; raise the limits of"
+        " address space and of open files (ulimit -v, ulimit -n)"
+    )
+
+
 def _build(request: Request, entry: Path, progress: bool) -> FrameArrays:
     """Read the files, in memory at first; what outgrows it goes into a folder beside the entry, then takes its name."""
     with contextlib.ExitStack() as stack:
@@ -158,7 +175,7 @@ def _build(request: Request, entry: Path, progress: bool) -> FrameArrays:
             try:
                 entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 alone = stack.enter_context(_lock(entry))
-                if open_arrays(entry) is not None:
+                if _open(request, entry) is not None:
                     raise _FoundError
                 if alone:  # leftovers of builds that were killed
                     for old in entry.parent.glob(f"{entry.name}.*.tmp"):
@@ -178,10 +195,12 @@ def _build(request: Request, entry: Path, progress: bool) -> FrameArrays:
                 shutil.rmtree(entry, ignore_errors=True)  # it was not whole
                 with contextlib.suppress(OSError):  # where there are no locks, another process may have been first
                     os.rename(folder, entry)
-                arrays = open_arrays(entry)
+                arrays = _open(request, entry)
         except _FoundError:
-            arrays = open_arrays(entry)
+            arrays = _open(request, entry)
         except OSError as error:
+            if error.errno in NOT_FOR_WANT_OF_FILES:
+                raise _limited(request, entry, error) from error
             raise FailedError(
                 f"cannot keep the graphs of {request.name} in {entry.parent}: {error.strerror or error}; make room, or"
                 " set EQUIMD_CACHE to a folder on another disk"

@@ -144,6 +144,44 @@ def test_a_damaged_database_is_named(tmp_path):
         len(read_frames(path))
 
 
+def test_damaged_rows_of_a_database_are_named(tmp_path):
+    """Whatever is in the bytes: frames or one line."""
+    from ase.db import connect
+
+    path = tmp_path / "a.db"
+    with connect(path) as database:
+        for k in range(20):
+            database.write(molecule("C6H6"), data={"energy": float(k)}, key_value_pairs={"name": "benzene"})
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), []
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(4096, len(whole), 300):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_list(path)
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 5
+    assert all("a.db" in text for text in refused)
+
+
+def test_a_locked_database_is_not_called_damaged(tmp_path, monkeypatch):
+    import sqlite3
+
+    from ase.db import connect
+    from ase.db.sqlite import SQLite3Database
+
+    connect(tmp_path / "a.db").write(molecule("H2O"))
+
+    def locked(*_, **__):
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(SQLite3Database, "_select", locked)
+    with pytest.raises(InputError, match="database is locked.*is another program writing"):
+        read_list(tmp_path / "a.db")
+
+
 def test_units_of_a_database_are_those_of_the_named_energy(tmp_path, arrays):
     from ase.db import connect
 

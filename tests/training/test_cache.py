@@ -206,8 +206,10 @@ def test_an_error_while_reading_is_told_of_the_file(kept, request_, monkeypatch,
         frame_arrays(Request(request_.paths, None, None, 3.0, n_frames))
 
 
-def test_limits_of_memory_are_one_line(kept, request_, monkeypatch):
-    frame_arrays(request_)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_limits_of_memory_are_one_line(kept, request_, monkeypatch, is_first):
+    if not is_first:
+        frame_arrays(request_)
 
     def full(*_, **__):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))

@@ -20,14 +20,18 @@ from training_samples import E0, TINY, spring_frames, steps_of
 
 import equimd
 from equimd.errors import InputError
-from equimd.training import loop, train
+from equimd.training import distributed, lifeline, loop, train
 from equimd.training.distributed import StoppedError, World, find_place
 from equimd.training.sharding import balanced_parts, contiguous_part, passes
 
 HERE = Path(__file__).parent
 # A pair of processes is started three times only, since each loads torch; stated here so that nothing waits for ever.
 SECONDS = 280
-MOST_SECONDS_ALONE = 30  # that a process may go on for where another has died: a limit of what it does, not a speed
+
+
+def test_a_process_does_not_outlive_another_by_half_a_minute():
+    """The most that it waits; ``benchmarks/distributed.py`` measures what it takes."""
+    assert lifeline.GRACE_SECONDS + distributed._SECONDS_TO_TELL < 30
 
 
 def free_port() -> int:
@@ -174,9 +178,7 @@ def test_a_killed_process_ends_the_run_and_one_process_continues(pair, tmp_path,
     other = both[1 - killed]
     both[killed].send_signal(signal.SIGKILL)
     both[killed].wait()
-    killed_at = time.monotonic()
     said = other.communicate(timeout=SECONDS)[1]
-    assert time.monotonic() - killed_at < MOST_SECONDS_ALONE
     both[killed].communicate()
     assert other.returncode == 1
     assert said.splitlines()[-1] == (

@@ -35,6 +35,9 @@ def test_an_ensemble_is_trained_loaded_and_measured(recipe, folder):
     potential = load_potential(folder / "run", dtype="float64")
     assert isinstance(potential, EnsemblePotential)
     assert potential.header["ledger"]["device_hours"] == result.device_hours
+    alone = [load_potential(folder / "run" / name).header["ledger"] for name in result.members]
+    for key in ("steps", "frames_seen", "hours"):
+        assert potential.header["ledger"][key] == sum(ledger[key] for ledger in alone)
     frames = read(folder / "test.xyz", ":")
     forces = []
     for source in (folder / "run", *(folder / "run" / name for name in result.members)):
