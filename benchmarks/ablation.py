@@ -67,7 +67,6 @@ BASE: dict[str, dict[str, Any]] = {
 
 _SEEDS = tuple(Variant("base", f"seed {seed}", (f"seed={seed}",)) for seed in (1, 2, 3))
 _COMMON = (
-    Variant("optimiser", "Muon, matrices whole", ("optimizer.muon_split=false",)),
     Variant("batch", "4 frames", ("batch.n_frames=4",)),
     Variant("batch", "32 frames", ("batch.n_frames=32",)),
     Variant("schedule", "constant", ("schedule.kind=constant",)),
@@ -75,13 +74,13 @@ _COMMON = (
     Variant("average of weights", "none", ("ema.decay=0",)),
     Variant("average of weights", "over a tenth of the steps", ("ema.fraction=0.1",)),
     Variant("loss", "squares", ("loss={kind: mse, energy: 10, forces: 1}",)),
-    Variant("loss", "forces first", ("loss.energy=0", "loss.stages=[{start: 0.5, energy: 1}]")),
     Variant("DeNS", "a quarter of the batches", ("denoising.probability=0.25",)),
 )
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "equivariant": (
         *_SEEDS,
         Variant("optimiser", "AdamW, 5e-3", ("optimizer={name: adamw, lr: 5.0e-3}",)),
+        Variant("optimiser", "Muon, matrices whole", ("optimizer.muon_split=false",)),
         Variant("learning rate", "5e-3", ("optimizer.lr=5e-3",)),
         Variant("learning rate", "2e-2", ("optimizer.lr=2e-2",)),
         Variant("batch", "8 frames", ("batch.n_frames=8",)),
@@ -106,7 +105,6 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("channels and layers", "2 × 2 layers, 48", ("model.d_model=48", "model.d_feedforward=96")),
         Variant("channels and layers", "2 × 2 layers, 96", ("model.d_model=96", "model.d_feedforward=192")),
         Variant("channels and layers", "2 × 1 layers, 64", ("model.n_attention_layers=1",)),
-        Variant("channels and layers", "3 × 1 layers, 64", ("model.n_gnn_layers=3", "model.n_attention_layers=1")),
     ),
 }
 
