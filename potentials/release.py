@@ -157,7 +157,7 @@ def table(cards: list[dict[str, Any]]) -> str:
     note = " * Times varied by more than 20 %." if any(card["speed"]["unstable"] for card in cards) else ""
     training = " or ".join(sorted({_processes(card["training"]) for card in cards}))
     speed = " or ".join(sorted({str(card["speed"]["n_threads"]) for card in cards}))
-    threads = f"Training took {training}, MD {speed} threads; frames/s count validations in."
+    threads = f"Training took {training}, MD {speed} threads; frames/s are a process's, validations counted in."
     return "\n".join(rows) + f"\n\n{where}. {threads}{note}"
 
 

@@ -12,7 +12,7 @@ from equimd import kernels
 from equimd.graph import batch_graphs
 from equimd.models import equivariant_training
 
-# Radial functions are interpolated between knots: some 3e-6 here.
+# Radial functions are interpolated between knots: 70 of them here, and 64 leave 7e-6.
 INTERPOLATED = 1e-5
 
 
