@@ -185,18 +185,18 @@ def test_wrong_gradients_fall_back(monkeypatch, broken):
     """Training with a kernel whose gradient is another's; a sound one gives no warning."""
     from equimd.kernels import dual
 
-    potential, run = _equivariant(), dual._run
+    potential, call = _equivariant(), dual._Pass._call
 
-    def wrong(name, arrays, *args):
-        run(name, arrays, *args)
+    def wrong(self, name, low, high, arrays, **chunks):
+        call(self, name, low, high, arrays, **chunks)
         if name == "grad_w":
-            arrays["g_w"].mul_(0.5)
+            chunks["g_w"].rows.mul_(0.5)
 
     if not broken:
         selfcheck.check_training_kernels(potential)
         assert potential.kernel_backend == "auto"
         return
-    monkeypatch.setattr(dual, "_run", wrong)
+    monkeypatch.setattr(dual._Pass, "_call", wrong)
     with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
         selfcheck.check_training_kernels(potential)
     assert potential.kernel_backend == "numba"
