@@ -1,6 +1,7 @@
 """Make the alanine-dipeptide data set: GFN2-xTB energies and forces along GFN2-xTB dynamics of ACE-ALA-NME in vacuum.
 
-`python data/alanine-dipeptide/prepare.py` makes every file of this folder but the README; about fifteen minutes.
+`python data/alanine-dipeptide/prepare.py` makes every file of this folder but the README; about twenty-five minutes
+on two cores.
 """
 
 import sys
@@ -61,7 +62,7 @@ CONFORMERS_DEG = {
 }
 
 SPLITS = {
-    "train": [Run(REFERENCE, 1000 + k, 500.0, frames=250, interval=10, burn_in=1000) for k in range(20)],
+    "train": [Run(REFERENCE, 1000 + k, 500.0, frames=120, interval=20, burn_in=1000) for k in range(56)],
     "valid": [Run(REFERENCE, 2000 + k, 500.0, frames=50, interval=20, burn_in=1000) for k in range(6)],
     "test": [Run(REFERENCE, 3000 + k, 500.0, frames=50, interval=20, burn_in=1000) for k in range(10)],
     "hot": [Run(REFERENCE, 4000 + k, 800.0, frames=50, interval=40, timestep_fs=0.5, burn_in=2000) for k in range(6)],
