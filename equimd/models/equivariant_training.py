@@ -21,7 +21,7 @@ from equimd.models.radial import safe_norm
 if TYPE_CHECKING:
     from equimd.models.equivariant import EquivariantPotential
 
-INTERVALS_PER_BASIS_FUNCTION = 32
+INTERVALS_PER_BASIS_FUNCTION = 24
 """Of the radial functions, whose waves are as short as the last basis function's, in training shorter still.
 
 Gradients are then within 1e-5 of those without a table for random weights, within 1e-2 for trained ones.

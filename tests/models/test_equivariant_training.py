@@ -14,7 +14,7 @@ from equimd.graph import batch_graphs, graph_from_arrays
 from equimd.models import equivariant_training
 from equimd.models.checkpoint import find_potential, load_checkpoint
 
-# Radial functions are interpolated between knots: 256 intervals here; 64 leave 7e-6.
+# Radial functions are interpolated between knots: 192 intervals here; 64 leave 7e-6.
 INTERPOLATED = 1e-5
 
 
@@ -61,9 +61,9 @@ def test_knots_are_enough_for_trained_weights(monkeypatch, intervals, enough):
     potential = load_checkpoint(folder / "model.safetensors")[0].to(torch.float64).requires_grad_()
     graph = graph_from_arrays(atoms.positions, atoms.numbers, atoms.cell.array, atoms.pbc, potential.cutoff)
     fast, slow = potential.predict_trainable(graph), potential(graph, create_graph=True)
-    # Forces within 0.02 meV/Å, gradients within 1e-4; with 11, 4 meV/Å and 5 %.
-    assert (torch.dist(fast.forces, slow.forces).item() < 1e-3) == enough
-    assert (gradient_difference(gradients(potential, fast), gradients(potential, slow)) < 1e-3) == enough
+    # Forces within 0.1 meV/Å (RMS), gradients within 1e-3; with 11, 4 meV/Å and 5 %.
+    assert (torch.dist(fast.forces, slow.forces).item() < 5e-3) == enough
+    assert (gradient_difference(gradients(potential, fast), gradients(potential, slow)) < 5e-3) == enough
 
 
 def test_weights_of_the_next_step_are_the_next():
