@@ -21,7 +21,7 @@ ANI-1x, or the text "None", as in MACE, is one that the frame has not.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -137,10 +137,11 @@ class LabelledH5:
                 continue
             stored = _named(group, usual)
             if len(stored) > 1 and name in _KEYED:
-                names = " and ".join(values.name for values in stored)
-                raise InputError(f"{self.path}: has {names}; accepted: one of them, or its name as the key {name}")
+                self._refuse_several(group, stored, name)
             found[name] = stored[0] if stored else None
         key = self._keys.forces
+        if key is None and found["forces"] is None and len(stored := _named(group, _NAMES["gradients"])) > 1:
+            self._refuse_several(group, stored, "forces")
         if key is not None and key.rsplit("/", 1)[-1].lower() in _NAMES["gradients"]:
             found["gradients"], found["forces"] = found["forces"], None
         elif key is not None or found["forces"] is not None:
@@ -150,12 +151,17 @@ class LabelledH5:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
         return {name: self._column(name, values, shape) for name, values in found.items() if values is not None}
 
+    def _refuse_several(self, group: Any, stored: list[Any], name: str) -> NoReturn:
+        names = " and ".join(values.name.removeprefix(group.name).lstrip("/") for values in stored)
+        what = f"{self.path}: {group.name} has {names}"
+        raise InputError(f"{what}; accepted: one of them, or its name as the key {name}")
+
     def _check_keys(self, file: h5py.File) -> None:
         """Some molecules may lack a label; a key that all of them lack is a mistake."""
         for name in _KEYED:
             key = getattr(self._keys, name)
             if key is not None and all(_keyed(group, key) is None for group in molecules(file)):
-                raise InputError(f"{self.path}: no molecule has {key!r}, the key of {name}; accepted: a dataset's name")
+                raise InputError(f"{self.path}: no molecule has {key!r}, the key of {name}; accepted: a dataset's name, or its path from the molecule")
 
     def _column(self, name: str, values: Any, shape: tuple[int, ...]) -> _Column:
         """``shape`` is that of the positions."""
@@ -235,6 +241,8 @@ def _named(group: Any, names: tuple[str, ...]) -> list[Any]:
 
 def _keyed(group: Any, key: str) -> Any:
     """The dataset of exactly this name or path, of the group or else its ``properties``; None where there is none."""
+    if key.startswith("/"):  # of the file, which would be every molecule's
+        return None
     return next((values for place in _places(group) if _is_label(values := place.get(key))), None)
 
 

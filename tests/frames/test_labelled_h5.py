@@ -91,7 +91,7 @@ def test_a_group_for_each_frame_as_mace_writes(tmp_path, inner):
 
 def test_one_of_two_labels_must_be_named(tmp_path):
     path = flat(tmp_path / "a.h5", dft_energy=np.ones(2))
-    with pytest.raises(InputError, match=r"has /\w*energ\w* and /\w*energ\w*; .* its name as the key energy"):
+    with pytest.raises(InputError, match=r"/ has \w*energ\w* and \w*energ\w*; .* its name as the key energy"):
         read_list(path, units=UnitSpec())
     named = read_list(path, units=UnitSpec(), keys=LabelKeys(energy="dft_energy"))
     assert labels_of(named[0])["energy"] == 1.0
@@ -105,6 +105,30 @@ def test_keys_are_taken_letter_by_letter_and_may_be_paths(tmp_path):
         assert labels_of(frames[0])["energy"] == value
     with pytest.raises(InputError, match="no molecule has 'Energies', the key of energy"):
         read_list(path, units=UnitSpec(), keys=LabelKeys(energy="Energies"))
+
+
+def test_a_key_is_a_path_from_the_molecule(tmp_path):
+    """From the root, every molecule would have the labels of one."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        for name, energy in (("w1", -10.0), ("w2", -11.0)):
+            group = file.create_group(name)
+            group["atomic_numbers"], group["positions"] = WATER.numbers, positions(WATER, 2)
+            group["energies"], group["dft_energy"] = np.full(2, energy), np.full(2, 2.0 * energy)
+    with pytest.raises(InputError, match="/w1 has dft_energy and energies; accepted: one of them, or its name"):
+        read_list(path, units=UnitSpec())
+    frames = read_list(path, units=UnitSpec(), keys=LabelKeys(energy="dft_energy"))
+    assert [labels_of(frame)["energy"] for frame in frames] == [-20.0, -20.0, -22.0, -22.0]
+    with pytest.raises(InputError, match="no molecule has '/w1/dft_energy', the key of energy; accepted: .* molecule"):
+        read_list(path, units=UnitSpec(), keys=LabelKeys(energy="/w1/dft_energy"))
+
+
+def test_of_two_gradients_one_must_be_named(tmp_path):
+    path = flat(tmp_path / "a.h5", gradient=np.ones((2, 3, 3)), dft_total_gradient=np.ones((2, 3, 3)))
+    with h5py.File(path, "a") as file:
+        del file["forces"]
+    with pytest.raises(InputError, match="gradient and dft_total_gradient; .* its name as the key forces"):
+        read_list(path, units=UnitSpec())
 
 
 def test_gradients_stay_gradients_where_they_are_named(tmp_path):
