@@ -56,7 +56,7 @@ def convolve_dual(
     Raises:
         ValueError: for shapes, dtypes or intervals that do not fit the plan or each other.
     """
-    n_edges, n_channels = topology.n_edges, x.shape[-1]
+    n_edges, n_channels, interval = topology.n_edges, x.shape[-1], shares.interval
     wanted = {
         "x": (x, (topology.n_senders, 2, plan.dim_in, n_channels)),
         "sh": (sh, (n_edges, 2, plan.dim_sh)),
@@ -69,9 +69,12 @@ def convolve_dual(
             raise ValueError(f"{name} must be {shape} {x.dtype} on the CPU, got {got}")
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float32 or float64, got {x.dtype}")
+    if tuple(interval.shape) != (n_edges,) or interval.dtype != torch.int64 or interval.device.type != "cpu":
+        got = f"{tuple(interval.shape)} {interval.dtype} on {interval.device}"
+        raise ValueError(f"interval must be ({n_edges},) torch.int64 on the CPU, got {got}")
     last = (table.shape[0] - shares.n_taken) // shares.step
-    if n_edges and not 0 <= int(shares.interval.min()) <= int(shares.interval.max()) <= last:
-        got = f"{int(shares.interval.min())}..{int(shares.interval.max())}"
+    if n_edges and not 0 <= int(interval.min()) <= int(interval.max()) <= last:
+        got = f"{int(interval.min())}..{int(interval.max())}"
         raise ValueError(f"interval must lie in 0..{last}, got {got}")
     return _Convolve.apply(x, sh, table, shares, plan, topology)  # pyright: ignore[reportReturnType]
 

@@ -136,5 +136,8 @@ def test_what_does_not_fit_is_refused():
         convolve_dual(x, sh, table, Shares(shares.values[:-1], shares.interval, 3), *rest)
     with pytest.raises(ValueError, match="float32 or float64"):
         convolve_dual(x.half(), sh.half(), table.half(), Shares(shares.values.half(), shares.interval, 3), *rest)
+    for interval in (shares.interval[:-1], shares.interval.to(torch.int32)):
+        with pytest.raises(ValueError, match=r"interval must be \(\d+,\) torch.int64 on the CPU"):
+            convolve_dual(x, sh, table, Shares(shares.values, interval, 3), *rest)
     with pytest.raises(ValueError, match=r"interval must lie in 0\.\.7, got .*\.\.8"):
         convolve_dual(x, sh, table, Shares(shares.values, shares.interval.clone().fill_(8), 3), *rest)
