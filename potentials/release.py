@@ -53,6 +53,7 @@ def release(run: Path, name: str) -> None:
 def make_card(folder: Path, name: str, data: Path) -> dict[str, Any]:
     """Everything a user wants to know of a potential, measured now."""
     from equimd import EquimdCalculator, equivariance_error, measure_throughput
+    from equimd.cli.common import cpu_threads
     from equimd.frames import read_list
     from equimd.models.checkpoint import load_checkpoint
 
@@ -62,7 +63,8 @@ def make_card(folder: Path, name: str, data: Path) -> dict[str, Any]:
     test = read_list(data / "test.xyz.gz")
     start = read_list(folder / "start.xyz")[0]
     spread = equivariance_error(calculator, test[:: max(1, len(test) // SYMMETRY_FRAMES)], degree=4)
-    speed = measure_throughput(calculator, start, timestep_fs=0.5)
+    with cpu_threads(None, len(start)):  # as `equimd md` would
+        speed = measure_throughput(calculator, start, timestep_fs=0.5)
     info = json.loads((data / "info.json").read_text(encoding="utf-8"))
     ledger = header["ledger"]
     loss = spread.loss
