@@ -5,11 +5,14 @@
 Ethanol (data/ethanol), one thread of one core for each training; the schedule ends when the minutes are spent, so a
 setting that makes steps cheaper gets more of them. Kernels and graphs are compiled and cached before the clock starts.
 Several seeds of the base say how much a difference must be to mean anything. Trainings that are done are not done
-again; --jobs 2 trains two at once, each on a core of its own. Writes benchmarks/results/ablation.json and the table in
-docs/ablation.md: about a hundred minutes of a core. A part of it, by --family or --only, is printed.
+again while recipe, data and code are the same; --jobs 2 trains two at once, each on a core of its own. Writes
+benchmarks/results/ablation.json and the table in docs/ablation.md: about a hundred minutes of a core. A part of it, by
+--family or --only, is printed.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -31,7 +34,7 @@ PAGE = ROOT / "docs" / "ablation.md"
 DATA = ROOT / "data" / "ethanol"
 FAMILIES = ("equivariant", "transformer")
 ROW = "row.json"
-"""What a training leaves in its folder: its recipe, its result, and where and when it was made."""
+"""What a training leaves in its folder: what it was made from, its result, and where and when it was made."""
 UNLIMITED = 10_000_000  # steps; the minutes end a training before
 
 
@@ -146,7 +149,7 @@ def work(family: str, overrides: Sequence[str], minutes: float, folder: Path) ->
         train(once, Path(compiled) / "run", progress=False)
     result = train(wanted, folder, progress=False)
     row = {
-        "recipe": wanted.model_dump(mode="json"),
+        "made_from": made_from(wanted),
         "result": result.model_dump(mode="json"),
         "provenance": provenance(n_threads=1).model_dump(),
     }
@@ -167,26 +170,37 @@ def resolved(family: str, overrides: Sequence[str], minutes: float) -> "Recipe":
         return load_recipe(path, list(overrides))
 
 
-def trained(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``work`` left in a folder; None unless it is of this very recipe."""
-    if not (folder / ROW).exists():
-        return None
-    row = json.loads((folder / ROW).read_text(encoding="utf-8"))
-    return row if row["recipe"] == wanted else None
+def made_from(wanted: "Recipe") -> dict[str, Any]:
+    """All that a result depends on, the machine aside: the recipe, and hashes of data and code."""
+    return {"recipe": wanted.model_dump(mode="json"), "sha256": _hashes()}
+
+
+@functools.cache
+def _hashes() -> dict[str, str]:
+    parts = {"data": sorted(DATA.glob("*.xyz.gz")), "code": sorted((ROOT / "equimd").rglob("*.py"))}
+    return {
+        name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() for name, paths in parts.items()
+    }
+
+
+def trained(folder: Path) -> dict[str, Any] | None:
+    """What ``work`` left in a folder; None where it did not come to its end."""
+    return json.loads((folder / ROW).read_text(encoding="utf-8")) if (folder / ROW).exists() else None
 
 
 def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str, Any] | str:
     """The row of one variant, trained unless it is there; or what went wrong."""
-    name = "-".join(f"{family} {variant.factor} {variant.label}".replace(",", "").replace("×", "x").split())
-    wanted = resolved(family, variant.overrides, minutes).model_dump(mode="json")
-    found = trained(folder / name, wanted)
+    inputs = json.dumps(made_from(resolved(family, variant.overrides, minutes)), sort_keys=True)
+    words = f"{family} {variant.factor} {variant.label} {hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+    name = "-".join(words.replace(",", "").replace("×", "x").split())
+    found = trained(folder / name)
     if found is None:
-        shutil.rmtree(folder / name, ignore_errors=True)  # of other settings, or not finished: minutes do not resume
+        shutil.rmtree(folder / name, ignore_errors=True)  # not finished: minutes do not resume
         arguments = json.dumps([family, variant.overrides, minutes, str(folder / name)])
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--worker", arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found = trained(folder / name, wanted)
+        found = trained(folder / name)
         if found is None:
             return f"{name}: {(done.stderr.strip() or 'no result').splitlines()[-1]}"
     values, made = found["result"], found["provenance"]
@@ -204,6 +218,7 @@ def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str
         "symmetry": values["symmetry"],
         "processor": made["processor"],
         "date": made["date"],
+        "versions": {name: made["versions"][name] for name in ("torch", "equimd")},
     }
     print(
         f"{family:12} {variant.factor:20} {variant.label:28} {1e3 * row['valid']['force_mae']:7.2f} meV/Å", flush=True
@@ -220,6 +235,7 @@ def table(results: dict[str, Any]) -> str:
             continue
         base = [1e3 * row["valid"]["force_mae"] for row in rows if row["factor"] == "base"]
         mean = sum(base) / len(base)
+        seeds = f"{100 * (min(base) / mean - 1):+.0f} to {100 * (max(base) / mean - 1):+.0f} %"
         lines = []
         for row in rows:
             valid, share = 1e3 * row["valid"]["force_mae"], row["symmetry"]["percent_of_loss"]
@@ -244,21 +260,20 @@ def table(results: dict[str, Any]) -> str:
             "steps",
             "frames/s",
             "force MAE, validation (meV/Å)",
-            "against the base",
+            f"against the mean of the base (its seeds: {seeds})",
             "test",
             "energy MAE (meV/atom)",
             "% of loss",
         )
         parts.append(f"**{family}**\n\n{markdown(head, lines)}")
-    made = results["provenance"]
+    versions = " and ".join(
+        sorted({", ".join(f"{name}=={number}" for name, number in row["versions"].items()) for row in results["rows"]})
+    )
     at_once = f", {results['jobs']} trainings at once" if results["jobs"] > 1 else ""
     where = " and ".join(sorted({row["processor"] for row in results["rows"]}))
     dates = sorted({row["date"] for row in results["rows"]})
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    parts.append(
-        f"{results['minutes']:g} device-minutes each, one thread{at_once}; {where}, {when};"
-        f" torch=={made['versions']['torch']}, equimd=={made['versions']['equimd']}."
-    )
+    parts.append(f"{results['minutes']:g} device-minutes each, one thread{at_once}; {where}, {when}; {versions}.")
     return "\n\n".join(parts)
 
 
@@ -277,6 +292,9 @@ def main() -> None:
         family, overrides, minutes, folder = json.loads(options.worker)
         work(family, overrides, minutes, Path(folder))
         return
+    known = sorted({variant.factor for variants in VARIANTS.values() for variant in variants})
+    if unknown := [factor for factor in options.only or () if factor not in known]:
+        parser.error(f"--only is {unknown[0]!r}; accepted are {', '.join(known)}")
     families = options.family or list(FAMILIES)
     factors = None if options.only is None else {"base", *options.only}  # the base is what all are compared with
     asked = [(f, v) for f in families for v in VARIANTS[f] if factors is None or v.factor in factors]

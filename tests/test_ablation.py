@@ -47,30 +47,59 @@ def test_table_compares_with_the_mean_of_the_base(ablation):
             "symmetry": {"percent_of_loss": 0.0},
             "processor": "a processor",
             "date": "2026-01-02" if factor == "loss" else "2026-01-01",
+            "versions": {"torch": "2" if factor == "loss" else "1", "equimd": "0"},
         }
 
     rows = [row("base", 0.010), row("base", 0.014), row("loss", 0.018)]
-    made = {"versions": {"torch": "2", "equimd": "0"}}
-    text = ablation.table({"rows": rows, "minutes": 2.0, "jobs": 1, "provenance": made})
+    text = ablation.table({"rows": rows, "minutes": 2.0, "jobs": 1})
     assert "| 18.0 | +50 % | 18.0 |" in text
     assert "| 10.0 | -17 % | 10.0 |" in text
-    assert "a processor, 2026-01-01 to 2026-01-02" in text
+    assert "its seeds: -17 to +17 %" in text
+    assert "a processor, 2026-01-01 to 2026-01-02; torch==1, equimd==0 and torch==2, equimd==0." in text
 
 
-def test_only_trainings_of_the_same_recipe_are_used_again(ablation, tmp_path):
-    wanted = ablation.resolved("transformer", ("optimizer.lr=1e-3",), 2.0).model_dump(mode="json")
-    assert ablation.trained(tmp_path, wanted) is None
-    (tmp_path / ablation.ROW).write_text(json.dumps({"recipe": wanted, "result": {}}))
-    assert ablation.trained(tmp_path, wanted) is not None
-    for overrides, minutes in ((("optimizer.lr=1e-3",), 3.0), (("optimizer.lr=2e-3",), 2.0)):
-        other = ablation.resolved("transformer", overrides, minutes).model_dump(mode="json")
-        assert ablation.trained(tmp_path, other) is None
+def test_only_trainings_of_the_same_recipe_data_and_code_are_used_again(ablation, tmp_path, monkeypatch):
+    trainings = []
+
+    def train(command, **_):
+        family, overrides, minutes, folder = json.loads(command[-1])
+        trainings.append(folder)
+        Path(folder).mkdir(parents=True)
+        inputs = ablation.made_from(ablation.resolved(family, overrides, minutes))
+        made = {"processor": "a processor", "date": "2026-01-01", "versions": {"torch": "2", "equimd": "0"}}
+        keys = ("n_parameters", "steps", "frames_per_s", "device_hours", "test", "symmetry")
+        result = dict.fromkeys(keys) | {"valid": {"force_mae": 0.01}}
+        row = {"made_from": inputs, "result": result, "provenance": made}
+        (Path(folder) / ablation.ROW).write_text(json.dumps(row))
+        return SimpleNamespace(stderr="")
+
+    def run(rate=1e-3, minutes=2.0):
+        row = ablation.run(
+            "transformer", ablation.Variant("learning rate", "other", (f"optimizer.lr={rate}",)), minutes, tmp_path
+        )
+        assert row["valid"] == {"force_mae": 0.01}
+        return len(trainings)
+
+    monkeypatch.setattr(ablation.subprocess, "run", train)
+    assert [run(), run()] == [1, 1]
+    assert [run(minutes=3.0), run(rate=2e-3), run()] == [2, 3, 3]
+    monkeypatch.setattr(ablation, "_hashes", lambda: {"data": "other", "code": "other"})
+    assert run() == 4
+    assert len(set(trainings)) == 4
+
+
+def test_an_unknown_factor_is_refused(ablation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation", "--only", "lerning rate"])
+    with pytest.raises(SystemExit):
+        ablation.main()
+    assert "--only is 'lerning rate'; accepted are DeNS, average of weights, base" in capsys.readouterr().err
 
 
 def test_what_fails_is_said_and_nothing_is_written(ablation, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation.subprocess, "run", lambda *_, **__: SimpleNamespace(stderr="a\nno room", returncode=1))
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(sys, "argv", ["ablation", "--work", str(tmp_path / "work")])
     with pytest.raises(SystemExit, match="no room"):
         ablation.main()
-    assert not (tmp_path / "results.json").exists()
+    assert list(tmp_path.iterdir()) == []
