@@ -117,7 +117,8 @@ def table(results: dict[str, Any]) -> str:
     for name, found in results["pairs"].items():
         one, two = (found["frames_per_s"][n] for n in ("1", "2"))
         rows.append([f"`{name}`", f"{found['difference']:.1g}", f"{one:.0f}", f"{two:.0f}", f"{two / one:.2f}"])
-    head = ("recipe", f"relative difference after {results['steps']} steps", "frames/s, one", "two", "times")
+    difference = f"relative difference after {results['steps']} steps"
+    head = ("recipe", difference, "frames/s, one process", "two, together", "times")
     made, killed = results["provenance"], results["killed"]
     return (
         f"{markdown(head, rows)}\n\nOne process killed: the other ended after {killed['seconds']:.1f} s; the state of"

@@ -161,7 +161,8 @@ class LabelledH5:
         for name in _KEYED:
             key = getattr(self._keys, name)
             if key is not None and all(_keyed(group, key) is None for group in molecules(file)):
-                raise InputError(f"{self.path}: no molecule has {key!r}, the key of {name}; accepted: a dataset's name, or its path from the molecule")
+                what = f"{self.path}: no molecule has {key!r}, the key of {name}"
+                raise InputError(f"{what}; accepted: a dataset's name, or its path from the molecule")
 
     def _column(self, name: str, values: Any, shape: tuple[int, ...]) -> _Column:
         """``shape`` is that of the positions."""

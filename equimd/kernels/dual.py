@@ -136,7 +136,8 @@ class _Pass:
 
     def grad_table(self, g: Tensor) -> Tensor:
         """The gradient by the table: by receivers, every thread into one of its own."""
-        bounds = self.topology.split(self.n_threads)
+        most = 1 + self.topology.n_edges * self.row // self.table.numel()  # a table costs no more than its edges
+        bounds = self.topology.split(min(self.n_threads, most))
         tables = self.table.new_zeros(len(bounds) - 1, *self.table.shape)
 
         def part(low: int, high: int) -> None:

@@ -93,6 +93,23 @@ def test_a_table_read_at_the_wrong_rows_is_noticed():
     assert relative(own, by_autograd(x, sh, table, shares, *rest)) > 1e-2
 
 
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 18], ids=lambda chunk: f"chunk {chunk}")
+def test_atoms_without_edges(chunk, monkeypatch):
+    """At the beginning, between others and at the end, whatever the chunks: they receive and send nothing."""
+    monkeypatch.setattr(dual, "_CHUNK", chunk)
+    x, sh, table, shares, plan, _ = problem(make_layer_plan(1))
+    generator = torch.Generator().manual_seed(3)
+    senders, receivers = (torch.tensor([1, 3])[torch.randint(2, (E,), generator=generator)] for _ in range(2))
+    arguments = x, sh, table, shares, plan, make_topology(senders, receivers, N)
+    own, reference = both(arguments)
+    assert relative(own, reference) < 1e-13
+    assert not own[[0, 2, 4]].any()
+    gradients = [torch.autograd.grad(y.square().sum(), [x, table]) for y in (own, reference)]
+    for a, b in zip(*gradients, strict=True):
+        assert relative(a, b) < 1e-12
+    assert not gradients[0][0][[0, 2, 4]].any()
+
+
 def test_no_edges():
     plan = make_layer_plan(2)
     arguments = problem(plan, n_edges=0)

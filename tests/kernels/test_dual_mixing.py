@@ -108,7 +108,13 @@ def test_no_atoms():
 def test_threads_do_not_matter(set_threads, monkeypatch):
     layer = make_layer(2, False, False, torch.float64)
     message, x = inputs(layer.plan, torch.float64)
-    alone = mix_and_gate(message, x, list(layer.mix.weights), layer.plan)
+
+    def everything():
+        out = mix_and_gate(message, x, list(layer.mix.weights), layer.plan)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), [message, x, *layer.mix.weights])
+
+    alone = everything()
     monkeypatch.setattr(dual_mixing, "WORK_PER_THREAD", 1)
     set_threads(3)
-    assert torch.equal(mix_and_gate(message, x, list(layer.mix.weights), layer.plan), alone)
+    for shared, expected in zip(everything(), alone, strict=True):
+        torch.testing.assert_close(shared, expected, rtol=0, atol=1e-12)  # products of matrices are shared otherwise
