@@ -6,6 +6,7 @@ opened: of a large set only what is looked at is read, and the operating system 
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ FORMAT_VERSION = 3
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
+_SAME_ENERGY = 1e-4  # eV
 _NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
 NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
@@ -148,9 +150,7 @@ class Packer:
         n_atoms = 0
         for index, atoms in frames:
             if is_isolated_atom(atoms):
-                energy = labels_of(atoms)["energy"]
-                if energy is not None:
-                    self._isolated[int(atoms.numbers[0])] = energy
+                self._add_isolated(atoms, f"{name}: frame {index}")
                 continue
             held.append((index, atoms))
             n_atoms += len(atoms)
@@ -160,6 +160,20 @@ class Packer:
         if held:
             self._append(held, first, name, is_first)
         self._files.append(index + 1 if n_frames is None else n_frames)
+
+    def _add_isolated(self, atoms: Atoms, where: str) -> None:
+        energy, number = labels_of(atoms)["energy"], int(atoms.numbers[0])
+        if energy is None:
+            return
+        symbol = atoms.get_chemical_symbols()[0]
+        if not math.isfinite(energy):
+            raise InputError(
+                f"{where}: the energy of an isolated {symbol} is {energy}; accepted is a finite one, or none"
+            )
+        known = self._isolated.setdefault(number, energy)
+        if abs(known - energy) > _SAME_ENERGY:
+            said = f"{where} says that an isolated {symbol} has {energy:.6f} eV, another that it has {known:.6f} eV"
+            raise InputError(f"{said}; accepted is one energy for each element")
 
     def finish(self, **extra: Any) -> FrameArrays:
         """The arrays; in files, everything is on the disk when this returns."""

@@ -214,6 +214,23 @@ def test_how_far_apart_two_molecules_are_in_a_cell_counts():
     assert duplicates_within(packed(frames)) == [(3, 1)]
 
 
+@pytest.mark.parametrize(
+    ("energies", "says"),
+    [
+        ((-13.0, -13.1), "has -13.100000 eV, another that it has -13.000000"),
+        ((np.nan,), "energy of an isolated H is nan"),
+        ((-13.0, -13.00001), None),
+    ],
+)
+def test_isolated_atoms_of_one_element_have_one_energy(energies, says):
+    atoms = [with_energy(Atoms("H", info={"config_type": "IsolatedAtom"}), energy) for energy in energies]
+    if says is None:
+        assert packed([*ethanols(1), *atoms]).meta["isolated_atoms"] == {"1": energies[0]}
+        return
+    with pytest.raises(InputError, match=says):
+        packed([*ethanols(1), *atoms])
+
+
 def test_elements_beyond_the_cutoff_count():
     frames = [dimer("ArAr", 3.0) + Atoms(symbol, [[15.0] * 3]) for symbol in ("Ar", "Kr")]
     assert duplicates_within(packed(frames, cutoff=4.0)) == []
