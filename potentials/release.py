@@ -76,7 +76,7 @@ def make_card(folder: Path, name: str, data: Path) -> dict[str, Any]:
         "n_parameters": sum(p.numel() for p in potential.parameters()),
         "cutoff": potential.cutoff,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "data": {"name": data.name, "n_train": info["splits"]["train"]["count"], "sha256": header["data_sha256"]},
+        "data": {"name": data.name, "n_train": header["n_train"], "sha256": header["data_sha256"]},
         "training": {
             key: ledger[key] for key in ("device", "n_devices", "n_threads", "device_hours", "steps", "frames_seen")
         },
