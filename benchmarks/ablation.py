@@ -11,7 +11,6 @@ benchmarks/results/ablation.json and the table in docs/ablation.md: about a hund
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,7 +136,7 @@ def recipe(family: str, minutes: float) -> dict[str, Any]:
     }
 
 
-def work(family: str, overrides: Sequence[str], minutes: float, folder: Path) -> None:
+def work(family: str, overrides: Sequence[str], minutes: float, jobs: int, folder: Path) -> None:
     """Compile by some steps, train, and write the row into the folder; in a process of its own."""
     import tempfile
 
@@ -149,7 +149,7 @@ def work(family: str, overrides: Sequence[str], minutes: float, folder: Path) ->
         train(once, Path(compiled) / "run", progress=False)
     result = train(wanted, folder, progress=False)
     row = {
-        "made_from": made_from(wanted),
+        "made_from": made_from(wanted, jobs),
         "result": result.model_dump(mode="json"),
         "provenance": provenance(n_threads=1).model_dump(),
     }
@@ -170,37 +170,40 @@ def resolved(family: str, overrides: Sequence[str], minutes: float) -> "Recipe":
         return load_recipe(path, list(overrides))
 
 
-def made_from(wanted: "Recipe") -> dict[str, Any]:
-    """All that a result depends on, the machine aside: the recipe, and hashes of data and code."""
-    return {"recipe": wanted.model_dump(mode="json"), "sha256": _hashes()}
+def made_from(wanted: "Recipe", jobs: int) -> dict[str, Any]:
+    """All that a result depends on, the machine aside: recipe, data, code, versions, and trainings beside it."""
+    versions = {name: version(name) for name in ("torch", "numba", "numpy")}
+    return {"recipe": wanted.model_dump(mode="json"), "jobs": jobs, "sha256": _hashes(), "versions": versions}
 
 
-@functools.cache
 def _hashes() -> dict[str, str]:
-    parts = {"data": sorted(DATA.glob("*.xyz.gz")), "code": sorted((ROOT / "equimd").rglob("*.py"))}
+    data = [*sorted(DATA.glob("*.xyz.gz")), DATA / "info.json"]
+    parts = {"data": data, "code": sorted((ROOT / "equimd").rglob("*.py"))}
     return {
         name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest() for name, paths in parts.items()
     }
 
 
-def trained(folder: Path) -> dict[str, Any] | None:
-    """What ``work`` left in a folder; None where it did not come to its end."""
-    return json.loads((folder / ROW).read_text(encoding="utf-8")) if (folder / ROW).exists() else None
+def trained(folder: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``work`` left in a folder; None where it did not come to its end, or while its code was changed."""
+    row = json.loads((folder / ROW).read_text(encoding="utf-8")) if (folder / ROW).exists() else None
+    return row if row is not None and row["made_from"] == inputs else None
 
 
-def run(family: str, variant: Variant, minutes: float, folder: Path) -> dict[str, Any] | str:
+def run(family: str, variant: Variant, minutes: float, jobs: int, folder: Path) -> dict[str, Any] | str:
     """The row of one variant, trained unless it is there; or what went wrong."""
-    inputs = json.dumps(made_from(resolved(family, variant.overrides, minutes)), sort_keys=True)
-    words = f"{family} {variant.factor} {variant.label} {hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+    inputs = made_from(resolved(family, variant.overrides, minutes), jobs)
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    words = f"{family} {variant.factor} {variant.label} {digest}"
     name = "-".join(words.replace(",", "").replace("×", "x").split())
-    found = trained(folder / name)
+    found = trained(folder / name, inputs)
     if found is None:
         shutil.rmtree(folder / name, ignore_errors=True)  # not finished: minutes do not resume
-        arguments = json.dumps([family, variant.overrides, minutes, str(folder / name)])
+        arguments = json.dumps([family, variant.overrides, minutes, jobs, str(folder / name)])
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--worker", arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found = trained(folder / name)
+        found = trained(folder / name, inputs)
         if found is None:
             return f"{name}: {(done.stderr.strip() or 'no result').splitlines()[-1]}"
     values, made = found["result"], found["provenance"]
@@ -289,8 +292,8 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        family, overrides, minutes, folder = json.loads(options.worker)
-        work(family, overrides, minutes, Path(folder))
+        family, overrides, minutes, jobs, folder = json.loads(options.worker)
+        work(family, overrides, minutes, jobs, Path(folder))
         return
     known = sorted({variant.factor for variants in VARIANTS.values() for variant in variants})
     if unknown := [factor for factor in options.only or () if factor not in known]:
@@ -299,7 +302,7 @@ def main() -> None:
     factors = None if options.only is None else {"base", *options.only}  # the base is what all are compared with
     asked = [(f, v) for f in families for v in VARIANTS[f] if factors is None or v.factor in factors]
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(lambda pair: run(pair[0], pair[1], options.minutes, options.work.resolve()), asked))
+        found = list(pool.map(lambda pair: run(*pair, options.minutes, options.jobs, options.work.resolve()), asked))
     failed = [text for text in found if isinstance(text, str)]
     if failed:
         sys.exit("\n".join([*failed, "nothing is written; what is trained is kept"]))

@@ -62,10 +62,10 @@ def test_only_trainings_of_the_same_recipe_data_and_code_are_used_again(ablation
     trainings = []
 
     def train(command, **_):
-        family, overrides, minutes, folder = json.loads(command[-1])
+        family, overrides, minutes, jobs, folder = json.loads(command[-1])
         trainings.append(folder)
         Path(folder).mkdir(parents=True)
-        inputs = ablation.made_from(ablation.resolved(family, overrides, minutes))
+        inputs = ablation.made_from(ablation.resolved(family, overrides, minutes), jobs)
         made = {"processor": "a processor", "date": "2026-01-01", "versions": {"torch": "2", "equimd": "0"}}
         keys = ("n_parameters", "steps", "frames_per_s", "device_hours", "test", "symmetry")
         result = dict.fromkeys(keys) | {"valid": {"force_mae": 0.01}}
@@ -73,19 +73,33 @@ def test_only_trainings_of_the_same_recipe_data_and_code_are_used_again(ablation
         (Path(folder) / ablation.ROW).write_text(json.dumps(row))
         return SimpleNamespace(stderr="")
 
-    def run(rate=1e-3, minutes=2.0):
-        row = ablation.run(
-            "transformer", ablation.Variant("learning rate", "other", (f"optimizer.lr={rate}",)), minutes, tmp_path
-        )
+    def run(rate=1e-3, minutes=2.0, jobs=1):
+        variant = ablation.Variant("learning rate", "other", (f"optimizer.lr={rate}",))
+        row = ablation.run("transformer", variant, minutes, jobs, tmp_path / "work")
         assert row["valid"] == {"force_mae": 0.01}
         return len(trainings)
 
     monkeypatch.setattr(ablation.subprocess, "run", train)
     assert [run(), run()] == [1, 1]
-    assert [run(minutes=3.0), run(rate=2e-3), run()] == [2, 3, 3]
-    monkeypatch.setattr(ablation, "_hashes", lambda: {"data": "other", "code": "other"})
-    assert run() == 4
-    assert len(set(trainings)) == 4
+    assert [run(minutes=3.0), run(rate=2e-3), run(jobs=2), run()] == [2, 3, 4, 4]
+    monkeypatch.setattr(ablation, "version", lambda _: "other")
+    assert run() == 5
+    assert len(set(trainings)) == 5
+
+
+def test_hashes_are_those_of_data_and_code(ablation, tmp_path, monkeypatch):
+    data, code = tmp_path / "data" / "train.xyz.gz", tmp_path / "equimd" / "training" / "loop.py"
+    for path in (data, code, tmp_path / "data" / "info.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one")
+    monkeypatch.setattr(ablation, "DATA", tmp_path / "data")
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    before = ablation._hashes()
+    data.write_text("two")
+    after = ablation._hashes()
+    assert (after["data"] != before["data"], after["code"] == before["code"]) == (True, True)
+    code.write_text("two")
+    assert (ablation._hashes()["data"] == after["data"], ablation._hashes()["code"] != after["code"]) == (True, True)
 
 
 def test_an_unknown_factor_is_refused(ablation, monkeypatch, capsys):

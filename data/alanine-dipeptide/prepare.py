@@ -1,6 +1,6 @@
 """Make the alanine-dipeptide data set: GFN2-xTB energies and forces along GFN2-xTB dynamics of ACE-ALA-NME in vacuum.
 
-`python data/alanine-dipeptide/prepare.py` makes every file of this folder but the README; about twenty-five minutes
+`python data/alanine-dipeptide/prepare.py` makes every file of this folder but the README; half an hour or more
 on two cores.
 """
 
@@ -48,8 +48,8 @@ Z_MATRIX = (
     ("H", 18, 1.09, 16, 109.5, 14, 300.0),
 )
 
-# Backbone conformers (phi, psi) in degrees that trajectories start from. The barrier at phi = 0 is not crossed within
-# ten picoseconds, so the side of positive phi is given starts of its own.
+# Backbone conformers (phi, psi) in degrees that trajectories start from. The barrier at phi = 0 is rarely crossed in a
+# few picoseconds, so the side of positive phi is given starts of its own.
 CONFORMERS_DEG = {
     "C7eq": (-80.0, 70.0),
     "C5": (-155.0, 160.0),
@@ -61,8 +61,8 @@ CONFORMERS_DEG = {
     "positive-C5": (70.0, 170.0),
 }
 
-# "early" is for training, too: conformers that are left within a picosecond are hardly in "train". Those at positive phi,
-# the third, sixth and eighth, are left soonest.
+# "early" is for training, too, and not equilibrated: conformers left within a picosecond are hardly in "train". More of
+# its trajectories start at positive phi (third, sixth and eighth conformer), of which there are fewer.
 EARLY = [*range(64), *(k for k in range(64, 128) if k % 8 in (2, 5, 7))]
 SPLITS = {
     "early": [Run(REFERENCE, 5000 + k, 500.0, frames=40, interval=20, burn_in=200) for k in EARLY],

@@ -6,7 +6,6 @@ opened: of a large set only what is looked at is read, and the operating system 
 
 import errno
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ FORMAT_VERSION = 3
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
-_SAME_ENERGY = 1e-4  # eV
+_SAME_ENERGY = 1e-4  # eV; what is printed with five digits, or computed twice, differs by less
 _NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
 NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 IN_MEMORY = 4 << 20
@@ -114,8 +113,9 @@ class Packer:
 
     ``meta`` of the result: format; files (frames of each file); cutoff in Å; species; n_labelled (frames with energy,
     forces, stress); isolated_atoms (energies in eV by atomic number, of single atoms with ``config_type=IsolatedAtom``,
-    which are set aside); implausible ([file, message] about its first frames, see ``check_plausible``); not_finite
-    ([index, what]; only of frames that were read with ``finite=False``).
+    which are set aside); contradictions (messages, where two of these of one element differ); implausible ([file,
+    message] about its first frames, see ``check_plausible``); not_finite ([index, what]; only of frames that were read
+    with ``finite=False``).
     """
 
     def __init__(self, cutoff: float, folder: Callable[[], Path], in_memory: int | None = None) -> None:
@@ -128,6 +128,7 @@ class Packer:
         self._files: list[int] = []
         self._n_labelled = {"energy": 0, "forces": 0, "stress": 0}
         self._isolated: dict[int, float] = {}
+        self._contradictions: dict[int, str] = {}
         self._not_finite: list[tuple[int, str]] = []
         self._implausible: list[tuple[int, str]] = []
 
@@ -165,15 +166,11 @@ class Packer:
         energy, number = labels_of(atoms)["energy"], int(atoms.numbers[0])
         if energy is None:
             return
-        symbol = atoms.get_chemical_symbols()[0]
-        if not math.isfinite(energy):
-            raise InputError(
-                f"{where}: the energy of an isolated {symbol} is {energy}; accepted is a finite one, or none"
-            )
         known = self._isolated.setdefault(number, energy)
-        if abs(known - energy) > _SAME_ENERGY:
+        if not abs(known - energy) <= _SAME_ENERGY:
+            symbol = atoms.get_chemical_symbols()[0]
             said = f"{where} says that an isolated {symbol} has {energy:.6f} eV, another that it has {known:.6f} eV"
-            raise InputError(f"{said}; accepted is one energy for each element")
+            self._contradictions.setdefault(number, said)
 
     def finish(self, **extra: Any) -> FrameArrays:
         """The arrays; in files, everything is on the disk when this returns."""
@@ -184,6 +181,7 @@ class Packer:
             "species": sorted(self._species),
             "n_labelled": self._n_labelled,
             "isolated_atoms": {str(number): energy for number, energy in sorted(self._isolated.items())},
+            "contradictions": list(self._contradictions.values()),
             "implausible": self._implausible,
             "not_finite": self._not_finite,
             **extra,

@@ -25,7 +25,7 @@ _N_CANDIDATES = 8
 # Rounding positions to TOLERANCE moves fingerprints of molecules and of water boxes by 0.0007 to 0.0009, with 8 to 40
 # neighbours; structures that differ are farther apart than 0.007.
 _RADIUS = 10.0 * TOLERANCE
-_ALL_PAIRS = 200  # atoms up to which every distance of a molecule is compared, not only those within the cutoff
+_ALL_PAIRS = 200  # atoms up to which every distance of a frame is compared, not only those within the cutoff
 
 
 def fingerprints(chunk: Mapping[str, np.ndarray], cutoff: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from equimd.errors import InputError
 from equimd.frames.arrays import FrameArrays
 from equimd.frames.compositions import fit_atomic_energies
 from equimd.results import Block
@@ -46,9 +47,15 @@ def isolated_atom_energies(
 
     The fit is that of total energies by the number of atoms of each element, in least squares; where compositions do
     not tell elements apart (one molecule), the energies sum up to what they should and say nothing one by one.
+
+    Raises:
+        InputError: if isolated atoms of one element have different energies, and there is no table.
     """
     if table is not None:
         return IsolatedAtomEnergies(energies=dict(table), origin=dict.fromkeys(table, "recipe"))
+    if arrays.meta["contradictions"]:
+        said = arrays.meta["contradictions"][0]
+        raise InputError(f"{said}; accepted is one energy for each element, or data.isolated_atom_energies")
     measured = {int(z): float(energy) for z, energy in arrays.meta["isolated_atoms"].items()}
     species = arrays.meta["species"]
     inherited = {z: energy for z, energy in (of_parent or {}).items() if z in species and z not in measured}

@@ -24,7 +24,15 @@ def trainable(dtype=torch.float64, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"l_max": 0}, {"l_max": 1, "parity": True, "n_layers": 3}, {"l_max": 3}, {"n_layers": 1}, {"zbl": False}],
+    [
+        {},
+        {"l_max": 0},
+        {"l_max": 1, "parity": True, "n_layers": 3},
+        {"l_max": 3},
+        {"n_layers": 1},
+        {"zbl": False},
+        {"n_bessel": 2},
+    ],
     ids=str,
 )
 def test_gradient_is_that_of_autograd(settings):

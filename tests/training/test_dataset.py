@@ -182,6 +182,12 @@ def test_isolated_atom_energies_are_fitted_where_none_are_given(read, folder, va
     assert few.atoms.energies[8] == -99.0  # whether they were drawn or not
     given = read()
     assert given.atoms.energies[8] == E0["O"]
+    write_frames(folder / "train.xyz", [isolated("O", -99.0), *spring_frames(24, 1), isolated("O", -9.0)])
+    with pytest.raises(
+        InputError, match=r"frame 25 says that an isolated O has -9\.0.*; accepted is one energy for each"
+    ):
+        read(isolated_atom_energies=None)
+    assert read().atoms.energies[8] == E0["O"]
 
 
 def test_one_composition_is_said_to_tell_nothing(read, folder):
