@@ -165,8 +165,10 @@ def grid(title: str, rows: list[tuple[str, str, str]]) -> Any:
     """A small table of label, value and unit."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left", title_style="bold")
+    heading = Text(title, style="bold", no_wrap=True, overflow="ignore")  # paths are longer than tables are wide
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=heading, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     table.add_column(style="dim")

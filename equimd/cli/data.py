@@ -1,5 +1,6 @@
 """``equimd data``: look into files of frames."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,13 +61,13 @@ def inspect(
 
 def _show(looked: "list[Inspection]", result: "Inspection | Comparison", recipe: str, figure: Path | None) -> Any:
     from rich.console import Group
-    from rich.padding import Padding
     from rich.text import Text
 
     parts: list[Any] = [grid(one.path, _rows(one)) for one in looked]
     if len(looked) > 1:
         parts.append(grid("Between the files", _shared_rows(result)))
-    parts += [Text("For a recipe", style="bold"), Padding(Text(recipe), (1, 2))]
+    lines = textwrap.indent(f"\n{recipe}\n", "  ")
+    parts += [Text("For a recipe", style="bold"), Text(lines, no_wrap=True, overflow="ignore")]
     if figure is not None:
         parts.append(Text(f"Drawn in {figure}"))
     return Group(*parts)

@@ -84,6 +84,14 @@ def test_data_inspect(run, labelled):
     assert Path("look.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_recipe_to_start_from_is_not_broken_into_lines(run, labelled, tmp_path):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    labelled = Path(labelled).rename(folder / "a.xyz")
+    lines = run("data", "inspect", labelled).stdout.splitlines()
+    assert any(line.strip() == f"train: {labelled}" for line in lines)
+
+
 def test_data_inspect_compares_files(run, labelled):
     frames = read_list(labelled)
     write_frames("other.xyz", [frames[2], frames[0]])
