@@ -155,7 +155,7 @@ def table(cards: list[dict[str, Any]]) -> str:
             f"| {training['device_hours']:.2f}, {frames_per_s:.0f} {letters[training['device']]} |"
         )
     dates = {name: sorted({card["date"] for card in cards if card["machine"] == name}) for name in machines}
-    where = "; ".join(f"{letters[name]}: {name}, {' and '.join(dates[name])}" for name in machines)
+    where = "; ".join(f"{letters[name]}: {', '.join([name, *dates[name]])}" for name in machines)
     note = " * Times varied by more than 20 %." if any(card["speed"]["unstable"] for card in cards) else ""
     training = " or ".join(sorted({_processes(card["training"]) for card in cards}))
     speed = " or ".join(sorted({str(card["speed"]["n_threads"]) for card in cards}))
