@@ -292,6 +292,7 @@ def growth(folder: Path, recipe, monkeypatch, leak: list | None = None) -> int:
 def test_memory_is_flat_over_epochs(folder, values, family, monkeypatch):
     values |= {"model": TINY[family], "batch": {"n_frames": 24}, "data": values["data"] | {"n_train": 4}}
     values["validation"] |= {"every": 10}
-    # Epochs of one step; what the graph of one takes in Python alone is 3 kB, and a prediction that is held far more.
-    assert growth(folder, make_recipe(values | {"steps": 200}, folder), monkeypatch) < 40_000
+    # 133 epochs of one step. What the graph of one takes in Python alone is 3 kB, 400 kB together, a prediction that
+    # is held far more; records, caches and messages of pytest take some 40 kB.
+    assert growth(folder, make_recipe(values | {"steps": 200}, folder), monkeypatch) < 100_000
     assert growth(folder, make_recipe(values | {"steps": 30}, folder), monkeypatch, leak=[]) > 50_000
