@@ -32,8 +32,8 @@ _EXACT = 1e-8
 # Against the reference in float64, for a sound kernel: 1e-6 to 1e-4 in float32 (atomic energies nearly cancel), 1e-10
 # in float64, where radial weights come from a table. A broken one is off by per cents.
 _PRECISION = {torch.float32: 5e-3, torch.float64: 1e-6}
-# Gradients of a loss, in float32, with radial functions interpolated between knots: 1e-5 to 2e-3, more for trained
-# weights than for random ones.
+# Gradients of a loss, in float32, with radial functions interpolated between knots: 1e-5 for random weights, up to
+# 5e-3 for trained ones.
 _TRAINING = 1e-2
 # Smallest scale of forces (eV/Å), so that a potential that is flat everywhere passes.
 _FLOOR = 1e-4
