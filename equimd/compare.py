@@ -29,7 +29,7 @@ from equimd.errors import InputError
 from equimd.frames import check_structure, read_frames, read_list, write_frames
 from equimd.md import run_md
 from equimd.md.settings import make_settings
-from equimd.references import METHODS, label
+from equimd.references import METHODS, check_level, label, level_mismatch
 from equimd.report import RESULTS_FILE, CompareResult, write_report
 from equimd.report.comparison import CompareSettings, EnergySeries, Parity, PotentialResult, Trajectory
 from equimd.report.verdict import in_words, judge
@@ -94,6 +94,8 @@ def compare(
     for contestant in contestants:
         _check(contestant, atoms)
     reference = _reference(contestants, settings)
+    for contestant in contestants:
+        check_level(contestant.calculator, reference, settings.other_level)
     settings = settings.model_copy(update={"reference": reference})
     with _Folder(output, overwrite) as folder:
         job = _Job(atoms, settings, folder, progress or (lambda *_: None))
@@ -108,6 +110,7 @@ def compare(
             periodic=bool(atoms.pbc.any()),
             reference=reference,
             settings=settings,
+            other_levels=_other_levels(contestants, reference),
             potentials=measured,
             verdict=in_words(measured),
             wall_seconds=time.monotonic() - begin,
@@ -179,6 +182,12 @@ def _reference(contestants: Iterable[Contestant], settings: CompareSettings) -> 
         what = f"the reference is {known.pop()!r}" if known else "no potential says what it was trained on"
         raise InputError(f"{what}; accepted as reference: {accepted}")
     return known.pop()
+
+
+def _other_levels(contestants: Iterable[Contestant], reference: str) -> dict[str, str]:
+    """The level of each contestant's training, if it is not that of the reference."""
+    levels = {c.name: level_mismatch(c.calculator, reference) for c in contestants}
+    return {name: level for name, level in levels.items() if level is not None}
 
 
 class _Folder:

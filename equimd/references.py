@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator
@@ -17,6 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 
 from equimd.errors import InputError
+from equimd.origin import KEY as ORIGIN_KEY
 
 METHODS = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 
@@ -83,6 +85,33 @@ def label(
     return labelled
 
 
+def level_mismatch(calculator: Any, reference: str | None) -> str | None:
+    """The level of theory that a potential was trained on, if it states one and ``reference`` is another; else None."""
+    level = getattr(calculator, "level_of_theory", None)
+    same = level is None or reference is None or _plain(str(level)) == _plain(reference)
+    return None if same else str(level)
+
+
+def check_level(calculator: Any, reference: str | None, other_level: bool = False) -> None:
+    """Refuse a reference that is another level of theory than that of the training, unless ``other_level`` allows it.
+
+    Raises:
+        InputError: with both levels.
+    """
+    level = level_mismatch(calculator, reference)
+    if level is not None and not other_level:
+        name = getattr(calculator, "name", "the potential")
+        raise InputError(
+            f"{name} was trained on {level}, the reference is {reference}: the errors would be those between two levels"
+            f" of theory; accepted: {level}, frames labelled with it, or --other-level (other_level=True)"
+        )
+
+
+def _plain(level: str) -> str:
+    """Letters and digits of a level's name, so that GFN2-xTB is gfn2_xtb."""
+    return "".join(character for character in level.lower().replace("ω", "w") if character.isalnum())
+
+
 def isolated_atom_energies(name: str, numbers: Iterable[int]) -> dict[int, float]:
     """The energy (eV) of one neutral atom in its ground-state multiplicity, for each distinct atomic number.
 
@@ -137,4 +166,5 @@ def _single_point(atoms: Atoms, name: str) -> dict:
 def _bare(atoms: Atoms) -> Atoms:
     copy = atoms.copy()
     copy.calc = None
+    copy.info.pop(ORIGIN_KEY, None)  # the results that it spoke of are gone
     return copy

@@ -1,5 +1,6 @@
 """Errors of a force field against labelled frames."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,16 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from equimd.analysis.inputs import Labels, Progress, checked_frames, reference_labels
+from equimd.analysis.inputs import (
+    Labels,
+    LabelSource,
+    PredictionWarning,
+    Progress,
+    checked_frames,
+    level_in_words,
+    reference_labels,
+    unused_predictions,
+)
 from equimd.calculators.forcefield import Evaluation, as_force_field
 from equimd.errors import InputError
 from equimd.results import Block, Number, Provenance, Result, provenance
@@ -25,6 +35,7 @@ class AccuracyResult(Result):
 
     n_energies, n_forces, n_stresses: frames that carried the label. energy_shift_per_atom: mean of predicted minus
     labelled energy per atom, eV. force_per_element: by symbol. force_label_rms: RMS of the labels, the scale of force.
+    other_level: in words, if the reference is another level of theory than that of the potential's training.
     """
 
     name: str
@@ -41,6 +52,7 @@ class AccuracyResult(Result):
     energy_shift_per_atom: Number
     force_per_element: dict[str, Errors]
     force_label_rms: Number
+    other_level: str | None = None
     provenance: Provenance
 
 
@@ -49,22 +61,31 @@ def evaluate_accuracy(
     frames: Atoms | Iterable[Atoms],
     reference: Any | None = None,
     *,
+    accept_predictions: bool = False,
+    other_level: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> AccuracyResult:
     """Errors of ``calculator`` (any ASE calculator or ForceField) against the labels of ``frames``.
 
     Labels come from each frame's SinglePointCalculator, or from ``reference`` (a name, a calculator or a ForceField).
-    A frame without one label counts for the others. Stress is compared by its symmetric part.
+    Predictions that a potential stored in frames are no labels, unless ``accept_predictions`` says so. A named
+    reference must be the level of theory that the potential was trained on, unless ``other_level`` allows another. A
+    frame without one label counts for the others. Stress is compared by its symmetric part.
 
     Raises:
-        InputError: no frame has any label, or the frames are empty or broken.
+        InputError: no frame has any label, the frames are empty or broken, or the reference is of another level.
     """
     listed = checked_frames(frames)
-    labels = reference_labels(listed, reference)
-    if not any(value is not None for label in labels for value in label):
-        raise InputError(f"none of {len(listed)} frames has labels; expected energies or forces, or a reference")
     force_field = as_force_field(calculator)
+    source = LabelSource(reference, accept_predictions, other_level)
+    labels = reference_labels(listed, force_field, source)
+    unused = unused_predictions(listed, source)
+    if not any(value is not None for label in labels for value in label):
+        none = f"none of {len(listed)} frames has labels; expected energies or forces, or a reference"
+        raise InputError(unused or none)
+    if unused is not None:
+        warnings.warn(unused, PredictionWarning, stacklevel=2)
     parts = []
     for start in range(0, len(listed), batch_size):
         parts.append(force_field.evaluate(listed[start : start + batch_size]))
@@ -75,7 +96,8 @@ def evaluate_accuracy(
         [forces for part in parts for forces in part.forces],
         [stress for part in parts for stress in part.stresses],
     )
-    return _summarise(force_field.name, force_field.device, force_field.dtype, listed, labels, predicted)
+    result = _summarise(force_field.name, force_field.device, force_field.dtype, listed, labels, predicted)
+    return result.model_copy(update={"other_level": level_in_words(force_field, reference)})
 
 
 def _summarise(

@@ -5,6 +5,7 @@ about ā, so no orientation is privileged. Pooled quantities divide sums over fr
 are s·sqrt(g/n) with the statistical inefficiency g of the per-frame series (``statistics``).
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,16 @@ from equimd.analysis.equivariance_results import (
     WorstAtom,
     WorstFrame,
 )
-from equimd.analysis.inputs import Labels, Progress, checked_frames, reference_labels
+from equimd.analysis.inputs import (
+    Labels,
+    LabelSource,
+    PredictionWarning,
+    Progress,
+    checked_frames,
+    level_in_words,
+    reference_labels,
+    unused_predictions,
+)
 from equimd.analysis.statistics import correlation, ratio_estimate
 from equimd.calculators.forcefield import Evaluation, ForceField, as_force_field, evaluate_rotated, in_precision
 from equimd.decomposition import decompose, percent_of_loss, variance
@@ -90,6 +100,8 @@ def equivariance_error(
     seed: int = 0,
     reference: Any | None = None,
     *,
+    accept_predictions: bool = False,
+    other_level: bool = False,
     extras: Extras | None = None,
     progress: Progress | None = None,
 ) -> EquivarianceResult:
@@ -103,16 +115,22 @@ def equivariance_error(
         n_rotations: Use this many random rotations per frame instead of the quadrature.
         seed: Of the random rotations; frame i uses (seed, i).
         reference: A name ("gfn2-xtb"), an ASE calculator or a ForceField that labels the frames for the loss.
+        accept_predictions: Take results that a potential stored in the frames for labels; else they count as absent.
+        other_level: Allow a named reference of another level of theory than that of the potential's training.
         extras: What is measured besides: noise floor, finer quadrature.
         progress: Called with (frames done, frames in all).
 
     Raises:
-        InputError: No frames, empty or broken structures, too few rotations, an unknown degree or reference.
+        InputError: No frames, empty or broken structures, too few rotations, an unknown degree or reference, a
+            reference of another level of theory.
     """
     listed = checked_frames(frames)
     extras = extras or Extras()
     force_field = as_force_field(calculator)
-    labels = reference_labels(listed, reference)
+    source = LabelSource(reference, accept_predictions, other_level)
+    labels = reference_labels(listed, force_field, source)
+    if (unused := unused_predictions(listed, source)) is not None:
+        warnings.warn(unused, PredictionWarning, stacklevel=2)
     finer = in_precision(force_field, "float64") if force_field.dtype == "float32" else None
     with_floor = set(_evenly(len(listed), extras.floor_frames)) if finer is not None else set()
     spreads = []
@@ -144,6 +162,7 @@ def equivariance_error(
         loss=_loss_block(spreads),
         degree_check=check,
         per_frame=_per_frame(spreads),
+        other_level=level_in_words(force_field, reference),
         provenance=provenance(),
     )
 

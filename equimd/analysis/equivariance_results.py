@@ -103,7 +103,10 @@ class PerFrame(Block):
 
 
 class EquivarianceResult(Result):
-    """Equivariance error of a force field over frames."""
+    """Equivariance error of a force field over frames.
+
+    other_level: in words, if the reference is another level of theory than that of the potential's training.
+    """
 
     name: str
     device: str
@@ -116,4 +119,5 @@ class EquivarianceResult(Result):
     loss: LossShare | None
     degree_check: DegreeCheck | None
     per_frame: PerFrame
+    other_level: str | None = None
     provenance: Provenance

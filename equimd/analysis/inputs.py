@@ -1,6 +1,7 @@
 """Frames and labels as the analysis takes them, checked once."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from equimd import frames
 from equimd.calculators.forcefield import as_force_field
 from equimd.errors import InputError
+from equimd.origin import predicted_by
 
 Progress = Callable[[int, int], None]
 
@@ -50,12 +52,39 @@ def labels_of(frame: Atoms) -> Labels:
     return Labels(None if energy is None else float(energy), forces, stress)
 
 
-def reference_labels(structures: list[Atoms], reference: Any | None) -> list[Labels]:
-    """Labels from ``reference`` (a name, "gfn2-xtb"; an ASE calculator or a ForceField), else the frames' own."""
+@dataclass(frozen=True)
+class LabelSource:
+    """Where labels come from.
+
+    reference: a name ("gfn2-xtb"), an ASE calculator or a ForceField; None takes the frames' own labels.
+    accept_predictions: take results that a potential made (see ``equimd.origin``) for labels.
+    other_level: a named reference may be another level of theory than the one that the potential was trained on.
+    """
+
+    reference: Any | None = None
+    accept_predictions: bool = False
+    other_level: bool = False
+
+
+class PredictionWarning(UserWarning):
+    """Results that frames carry are predictions of a potential, and are not taken for labels."""
+
+
+def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSource) -> list[Labels]:
+    """Labels of the frames from ``source``, to judge ``calculator`` by; predictions count as absent.
+
+    Raises:
+        InputError: for a reference that is not known, or is another level of theory than the potential's.
+    """
+    reference = source.reference
     if reference is None:
-        return [labels_of(frame) for frame in structures]
+        absent = Labels(None, None, None)
+        use_all = source.accept_predictions
+        return [labels_of(frame) if use_all or predicted_by(frame) is None else absent for frame in structures]
     if isinstance(reference, str):
-        from equimd.references import label
+        from equimd.references import check_level, label
+
+        check_level(calculator, reference, source.other_level)
 
         return [labels_of(frame) for frame in label(structures, reference)]
     evaluation = as_force_field(reference).evaluate(structures)
@@ -63,6 +92,27 @@ def reference_labels(structures: list[Atoms], reference: Any | None) -> list[Lab
         Labels(float(e), f, s)
         for e, f, s in zip(evaluation.energies, evaluation.forces, evaluation.stresses, strict=True)
     ]
+
+
+def level_in_words(calculator: Any, reference: Any) -> str | None:
+    """What to write beside figures, if a named reference is another level of theory than that of the training."""
+    from equimd.references import level_mismatch
+
+    level = level_mismatch(calculator, reference) if isinstance(reference, str) else None
+    return None if level is None else f"trained on {level}, judged by {reference}"
+
+
+def unused_predictions(structures: list[Atoms], source: LabelSource) -> str | None:
+    """One line about frames whose results are predictions and are therefore not taken for labels; None without any."""
+    if source.reference is not None or source.accept_predictions:
+        return None
+    made_by = [by for frame in structures if (by := predicted_by(frame)) is not None]
+    if not made_by:
+        return None
+    return (
+        f"{len(made_by)} of {len(structures)} frames carry predictions ({made_by[0]}), which are no labels; accepted:"
+        " frames that a reference method labelled, a reference, or --accept-predictions (accept_predictions=True)"
+    )
 
 
 def _finite(value: Any) -> np.ndarray | None:

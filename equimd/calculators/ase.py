@@ -79,14 +79,31 @@ class EquimdCalculator(Calculator):
         self.device = str(base.device)
         self.dtype = str(base.dtype).removeprefix("torch.")
         self._evaluator = Evaluator(self.potential, self._skin)
+        self._origin: str | None = None
         self._forget()
 
     def _get_name(self) -> str:
         return self._name
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:
-        """What ASE's writers store of a calculator."""
-        return {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
+        """What ASE's writers store of a calculator, so that readers know its results as predictions."""
+        stored = {"potential": self.name, "family": self.family, "device": self.device, "dtype": self.dtype}
+        return stored | {"predicted_by": self.origin}
+
+    @property
+    def origin(self) -> str:
+        """Who made the results, as files state it: name, weights and precision; see ``equimd.origin``."""
+        if self._origin is None:
+            weights, mode = self.fingerprint()["weights"][:16], self._symmetrize
+            turned = "" if mode is None else f", symmetrised by {mode if isinstance(mode, str) else mode.get('mode')}"
+            self._origin = f"equimd potential {self.name}, weights {weights}, {self.dtype}{turned}"
+        return self._origin
+
+    @property
+    def level_of_theory(self) -> str | None:
+        """The method that labelled the training data, as the recipe states it; None if it does not."""
+        data = (self.header.get("recipe") or {}).get("data") or {}
+        return self.header.get("reference") or data.get("reference") or None
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides every prediction to the last bit: SHA-256 of the weights, precision, kernels, symmetrisation."""

@@ -37,6 +37,14 @@ Threads = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
 Topology = Annotated[Path | None, typer.Option(help="A file with the elements, for DCD, XTC and TRR.")]
+AcceptPredictions = Annotated[
+    bool,
+    typer.Option("--accept-predictions", help="Take results that a potential stored in the frames for labels."),
+]
+OtherLevel = Annotated[
+    bool,
+    typer.Option("--other-level", help="Allow a reference of another level of theory than that of the training."),
+]
 Units = Annotated[
     list[str] | None,
     typer.Option(

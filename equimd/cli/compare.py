@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equimd.cli.common import Device, Dtype, Json, Seed, Threads, check_json, cpu_threads, emit, progress
+from equimd.cli.common import Device, Dtype, Json, OtherLevel, Seed, Threads, check_json, cpu_threads, emit, progress
 
 
 def compare(
@@ -23,6 +23,7 @@ def compare(
     reference: Annotated[
         str | None, typer.Option(help="gfn1-xtb or gfn2-xtb; by default what the potentials were trained on.")
     ] = None,
+    other_level: OtherLevel = False,
     block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
     seed: Seed = 0,
     device: Device = "auto",
@@ -52,6 +53,7 @@ def compare(
                 "frames": min(frames, steps),
                 "nve_steps": max(10, min(steps, 2000)),
                 "reference": reference,
+                "other_level": other_level,
                 "timing_seconds": block_seconds,
                 "seed": seed,
                 "device": device,

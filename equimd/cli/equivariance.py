@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from equimd.cli.common import (
+    AcceptPredictions,
     Device,
     Dtype,
     Json,
+    OtherLevel,
     PotentialName,
     Seed,
     Stride,
@@ -34,6 +36,8 @@ def equivariance(
     ] = None,
     seed: Seed = 0,
     reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb for the loss.")] = None,
+    accept_predictions: AcceptPredictions = False,
+    other_level: OtherLevel = False,
     stride: Stride = 1,
     topology: Topology = None,
     device: Device = "auto",
@@ -49,7 +53,16 @@ def equivariance(
 
     with progress() as bar:
         result = equivariance_error(
-            calculator, frames, degree, inversion, n_rotations, seed, reference, progress=bar.named("frames")
+            calculator,
+            frames,
+            degree,
+            inversion,
+            n_rotations,
+            seed,
+            reference,
+            accept_predictions=accept_predictions,
+            other_level=other_level,
+            progress=bar.named("frames"),
         )
 
     def show():  # noqa: ANN202
@@ -73,6 +86,8 @@ def equivariance(
                 ),
             ]
         rows.append(("Verdict", judge(result).text, ""))
+        if result.other_level is not None:
+            rows.append(("Another level of theory", result.other_level, ""))
         title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"
         return grid(title, rows)
 

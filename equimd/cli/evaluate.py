@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from equimd.cli.common import (
+    AcceptPredictions,
     Device,
     Dtype,
     Json,
     Keys,
+    OtherLevel,
     PotentialName,
     Stride,
     Symmetrize,
@@ -30,6 +32,8 @@ def evaluate(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled frames: extxyz, npz, db, H5MD, ….")],
     stride: Stride = 1,
     reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb instead.")] = None,
+    accept_predictions: AcceptPredictions = False,
+    other_level: OtherLevel = False,
     topology: Topology = None,
     unit: Units = None,
     key: Keys = None,
@@ -45,7 +49,14 @@ def evaluate(
     from equimd.analysis.accuracy import evaluate_accuracy
 
     with progress() as bar:
-        result = evaluate_accuracy(calculator, frames, reference, progress=bar.named("frames"))
+        result = evaluate_accuracy(
+            calculator,
+            frames,
+            reference,
+            accept_predictions=accept_predictions,
+            other_level=other_level,
+            progress=bar.named("frames"),
+        )
 
     def show():  # noqa: ANN202
         blocks = (
@@ -59,6 +70,8 @@ def evaluate(
             if errors is not None:
                 rows += [(f"{name}, MAE", number(errors.mae, factor), its_unit)]
                 rows += [(f"{name}, RMSE", number(errors.rmse, factor), its_unit)]
+        if result.other_level is not None:
+            rows.append(("Another level of theory", result.other_level, ""))
         return grid(f"{result.name} on {result.n_frames} frames of {dataset}", rows)
 
     emit(result, json, show)

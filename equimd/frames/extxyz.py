@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 from ase.io.extxyz import key_val_str_to_dict
 
+from equimd import origin
 from equimd.errors import InputError
 
 _DEFAULT_PROPERTIES = "species:S:1:pos:R:3"
@@ -189,11 +190,11 @@ def write(path: Path, frames: Iterable[Atoms]) -> None:
                     io.TextIOWrapper(packed, encoding="utf-8") as text,
                 ):
                     for atoms in frames:
-                        write_extxyz(text, [atoms])
+                        write_extxyz(text, [origin.stated_in_info(atoms)])
             else:
                 with io.TextIOWrapper(raw, encoding="utf-8", write_through=True) as text:
                     for atoms in frames:
-                        write_extxyz(text, [atoms])
+                        write_extxyz(text, [origin.stated_in_info(atoms)])
                     text.flush()
                     os.fsync(raw.fileno())
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from ase import Atoms
 
-from equimd import units
+from equimd import origin, units
 from equimd.errors import InputError
 from equimd.frames.labels import labels_of
 from equimd.frames.transaction import recover, transaction
@@ -70,6 +70,7 @@ class H5MDWriter:
         self._creator = creator
         self._frames: list[tuple[int, float, dict[str, np.ndarray]]] = []
         self._system: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._origin: str | None = None
         self.n_frames = 0
         if append:
             with h5py.File(self.path, "r") as file:
@@ -79,12 +80,13 @@ class H5MDWriter:
                 ]
                 species = _dataset(file, GROUP + "/species")[()]
                 self._system = (species, np.array(boundary), _dataset(file, GROUP + "/mass")[()])
+                self._origin = file[GROUP].attrs.get(origin.KEY)
 
     def append(self, atoms: Atoms, *, step: int, time_fs: float, temperature_K: float | None = None) -> None:
         """Add a frame: positions, momenta, cell, and the labels its calculator holds.
 
         Raises:
-            InputError: if elements or periodicity differ from those of the first frame.
+            InputError: if elements, periodicity or who made the results differ from those of the first frame.
         """
         system = (atoms.numbers.copy(), np.array(atoms.pbc), atoms.get_masses())
         if self._system is None:
@@ -92,6 +94,8 @@ class H5MDWriter:
         elif not all(np.array_equal(new, old) for new, old in zip(system[:2], self._system[:2], strict=True)):
             raise InputError(f"{self.path}: the frame at step {step} has other atoms or another pbc than the first")
         labels = labels_of(atoms)
+        if any(value is not None for value in labels.values()):
+            self._note_origin(origin.predicted_by(atoms), step)
         nan = float("nan")
         values = {
             "position": atoms.positions.copy(),
@@ -106,6 +110,14 @@ class H5MDWriter:
         full = {name: np.array(nan if value is None else value, dtype=np.float64) for name, value in values.items()}
         self._frames.append((step, time_fs, full))
         self.n_frames += 1
+
+    def _note_origin(self, by: str | None, step: int) -> None:
+        """The results of a file have one origin, which its group states; "" is a reference method's, None not known."""
+        if self._origin is None:
+            self._origin = by or ""
+        elif (by or "") != self._origin:
+            what = f"{self.path}: the results of the frame at step {step} are those of {by or 'a reference'}"
+            raise InputError(f"{what}, the ones before of {self._origin or 'a reference'}; accepted: one origin")
 
     def flush(self) -> None:
         """Write the gathered frames to the file; it is closed and synced when this returns."""
@@ -169,6 +181,8 @@ class H5MDWriter:
                 group["step"], group["time"] = file[_TIMES[0]], file[_TIMES[1]]
 
     def _extend(self, file: h5py.File) -> None:
+        if self._origin:
+            file[GROUP].attrs[origin.KEY] = self._origin
         steps, times, frames = zip(*self._frames, strict=True)
         columns = {_TIMES[0]: np.array(steps), _TIMES[1]: np.array(times)}
         for name, element in ELEMENTS.items():

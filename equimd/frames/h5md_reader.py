@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_masses, atomic_numbers
 
-from equimd import units
+from equimd import origin, units
 from equimd.errors import InputError
 from equimd.frames.labels import UnitSpec, not_finite, to_voigt
 from equimd.frames.transaction import recover
@@ -101,6 +101,7 @@ class H5MDReader:
         numbers = self._elements(group, position.values.shape[1])
         pbc = self._periodicity(group)
         steps, times = position.steps, position.times_fs
+        by = group.attrs.get(origin.KEY)
         for start in range(0, len(steps), FRAMES_PER_CHUNK):
             window = slice(start, start + FRAMES_PER_CHUNK)
             values = {name: self._read(one, steps[window]) for name, one in series.items()}
@@ -114,7 +115,7 @@ class H5MDReader:
                 if times is not None:
                     atoms.info["time_fs"] = float(times[start + k])
                 _attach(atoms, frame, f"{self.path}, frame {start + k}", self._finite)
-                yield atoms
+                yield origin.mark(atoms, None if by is None else _text(by))
 
     def _read(self, series: _Series, steps: np.ndarray) -> list[np.ndarray | None]:
         if series.fixed:

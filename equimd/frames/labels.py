@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from equimd import units
+from equimd import origin, units
 from equimd.errors import InputError
 
 # Lower-cased names, in order of preference. A free energy is taken only where no energy is given.
@@ -108,7 +108,8 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
     """Scale the geometry to Å and move the labels out of `info` and `arrays` into a `SinglePointCalculator`.
 
     `where` names file and frame in messages. The frame is changed in place and returned. The calculator is there
-    without labels too: then the frame has none, whatever other names `info` and `arrays` still hold.
+    without labels too: then the frame has none, whatever other names `info` and `arrays` still hold. It says who made
+    them if they are predictions (see `equimd.origin`).
 
     Raises:
         InputError: if two names carry different values, a label is not a number, or its shape does not fit.
@@ -116,6 +117,8 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
     if units_.length_factor != 1.0:
         atoms.positions *= units_.length_factor
         atoms.set_cell(atoms.cell.array * units_.length_factor)
+    by = origin.predicted_by(atoms)
+    atoms.info.pop(origin.KEY, None)
     _move_results(atoms, keys)
     results = collect_labels(atoms, units_, keys, where, remove=True)
     for name in _KEPT_PROPERTIES:
@@ -123,7 +126,7 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
             if name in store:
                 results[name] = store.pop(name)
     atoms.calc = SinglePointCalculator(atoms, **results)
-    return atoms
+    return origin.mark(atoms, by)
 
 
 def _move_results(atoms: Atoms, keys: LabelKeys) -> None:
@@ -263,6 +266,7 @@ def labels_of(atoms: Atoms) -> dict[str, Any]:
 def strip_labels(atoms: Atoms) -> Atoms:
     """A copy without calculator and without label keys in `info` and `arrays`; momenta, tags and the rest stay."""
     bare = atoms.copy()
+    bare.info.pop(origin.KEY, None)
     for store, names in ((bare.info, _INFO_NAMES), (bare.arrays, FORCES_NAMES)):
         for key in [key for key in store if isinstance(key, str) and key.lower() in names]:
             del store[key]

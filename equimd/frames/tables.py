@@ -59,6 +59,8 @@ def _naming(where: str) -> Iterator[None]:
 
 def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
     atoms = row.toatoms()
+    if atoms.calc is not None:
+        atoms.calc.parameters.update(row.get("calculator_parameters") or {})
     atoms.info = dict(row.key_value_pairs)
     tensors = {*STRESS_NAMES, *VIRIAL_NAMES}  # of the shape of forces where there are three atoms
     for name, value in dict(row.data).items():

@@ -8,6 +8,7 @@ from typing import Protocol
 import ase.io
 from ase import Atoms
 
+from equimd import origin
 from equimd.errors import InputError
 from equimd.frames import H5MDWriter
 from equimd.frames.transaction import transaction
@@ -61,7 +62,7 @@ class ExtxyzOutput:
         frame = atoms.copy()
         frame.calc = atoms.calc
         frame.info = {**frame.info, "step": step, "time_fs": time_fs, "temperature_K": temperature_K}
-        ase.io.write(self.pending, frame, format="extxyz")
+        ase.io.write(self.pending, origin.stated_in_info(frame), format="extxyz")
 
     def flush(self) -> int:
         """Append the gathered frames in one transaction."""

@@ -22,6 +22,7 @@ from equimd.frames.transaction import recover
 from equimd.md.integrators import Integrator
 from equimd.md.output import Output, open_output
 from equimd.md.settings import MDSettings
+from equimd.origin import mark, origin_of
 from equimd.results import Provenance, Result, provenance, write_text_atomically
 from equimd.units import KB_EV_PER_K
 
@@ -155,6 +156,7 @@ class _Run:
             atoms.set_momenta(thermal_momenta(atoms, settings.temperature_K, rng))
         self.integrator = Integrator(atoms, settings, rng)
         self.fingerprint = _fingerprint(atoms.calc)
+        self.origin = origin_of(atoms.calc)
         if state is not None:
             self.step, self.n_frames = state["step"], state["n_frames"]
             self.temperature_sum = state["temperature_sum"]
@@ -201,6 +203,7 @@ class _Run:
             results["stress"] = atoms.get_stress(apply_constraint=False)
         copy = atoms.copy()
         copy.calc = SinglePointCalculator(copy, **results)
+        mark(copy, self.origin)
         self.n_frames += 1
         self.temperature_sum += self.temperature()
         return copy

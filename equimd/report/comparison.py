@@ -26,6 +26,7 @@ class CompareSettings(Block):
     inversion: the quadrature of the equivariance error. nve_steps: length of the energy-conservation run, which goes on
     from the end of the Langevin run.
     reference: method that labels the frames; null takes the one that the potentials were trained on.
+    other_level: the reference may be another level of theory than that of the training.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -38,6 +39,7 @@ class CompareSettings(Block):
     degree: int = Field(default=4, ge=0)
     inversion: bool = True
     reference: str | None = None
+    other_level: bool = False
     device: str = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     timing_seconds: float = Field(default=0.5, gt=0)
@@ -105,13 +107,17 @@ class PotentialResult(Block):
 
 
 class CompareResult(Result):
-    """The main job's result: potentials measured side by side on one structure."""
+    """The main job's result: potentials measured side by side on one structure.
+
+    other_levels: for each potential whose training had another level of theory than the reference, that level.
+    """
 
     formula: str
     n_atoms: int
     periodic: bool
     reference: str
     settings: CompareSettings
+    other_levels: dict[str, str] = {}
     potentials: list[PotentialResult]
     verdict: list[str]
     wall_seconds: float

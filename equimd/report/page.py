@@ -6,7 +6,7 @@ from importlib import resources
 from equimd.report.comparison import CompareResult
 from equimd.report.figures import Plot, draw_all
 from equimd.report.style import colour
-from equimd.report.table import method, rows
+from equimd.report.table import levels, method, rows
 from equimd.report.verdict import NEGLIGIBLE, VISIBLE, WORDS, in_words
 
 
@@ -19,7 +19,7 @@ def render(result: CompareResult) -> str:
             _header(result),
             _verdict(result),
             _table(result),
-            _figures(draw_all(result)),
+            _figures(draw_all(result), levels(result)),
             _methods(result),
             _footer(result),
         )
@@ -42,7 +42,7 @@ def _header(result: CompareResult) -> str:
             f"{_formula(result.formula)}, {result.n_atoms} atoms",
             f"{s.temperature_K:g} K",
             f"{s.steps * s.timestep_fs / 1e3:g} ps of molecular dynamics each",
-            f"labelled with {escape(method(result.reference))}",
+            f"labelled with {escape(method(result.reference) + levels(result))}",
         )
     )
     return f'<header>\n<p class="kicker">equimd compare</p>\n<h1>{names}</h1>\n<p class="facts">{facts}</p>\n</header>'
@@ -88,14 +88,14 @@ def _table(result: CompareResult) -> str:
         lines.append(f'<tr{kind}><th scope="row">{escape(row.label.strip())}</th>{cells}{unit}</tr>')
     body = "\n".join(lines)
     return (
-        '<section>\n<h2>Side by side</h2>\n<div class="scroll"><table>\n'
+        f'<section>\n<h2>Side by side{escape(levels(result))}</h2>\n<div class="scroll"><table>\n'
         f"<thead><tr><td></td>{head}<td></td></tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n</section>"
     )
 
 
-def _figures(plots: list[Plot]) -> str:
+def _figures(plots: list[Plot], note: str) -> str:
     figures = "\n".join(
-        f"<figure>\n<h3>{escape(p.title)}</h3>\n{p.svg}\n<figcaption>{escape(p.caption)}</figcaption>\n</figure>"
+        f"<figure>\n<h3>{escape(p.title)}</h3>\n{p.svg}\n<figcaption>{escape(p.caption + note)}</figcaption>\n</figure>"
         for p in plots
     )
     return f'<section class="plots">\n{figures}\n</section>'

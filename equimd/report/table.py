@@ -59,7 +59,14 @@ def title(result: CompareResult) -> str:
     """What was compared, in one line."""
     s = result.settings
     length = s.steps * s.timestep_fs / 1e3
-    return f"{result.formula}, {s.temperature_K:g} K, {length:g} ps each, against {method(result.reference)}"
+    reference = method(result.reference) + levels(result)
+    return f"{result.formula}, {s.temperature_K:g} K, {length:g} ps each, against {reference}"
+
+
+def levels(result: CompareResult) -> str:
+    """What follows the reference's name if it is another level of theory than that of the training; else nothing."""
+    told = [f"{name} was trained on {method(level)}" for name, level in result.other_levels.items()]
+    return f" (another level of theory: {', '.join(told)})" if told else ""
 
 
 def method(reference: str) -> str:

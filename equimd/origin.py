@@ -1,0 +1,104 @@
+"""Who made the results that a frame carries: a reference method, whose results are labels, or a potential.
+
+The results of a potential are predictions. If they were taken for labels, the potential would be judged by its own
+forces: its error would be zero, and the share of symmetry in it meaningless. So each frame that a potential made says
+so: its ``SinglePointCalculator`` holds ``parameters["predicted_by"]``, which ASE's trajectories and databases store,
+extxyz has it among the keys of the comment line, and H5MD as an attribute of the particle group.
+"""
+
+from typing import Any
+
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from equimd.errors import InputError
+
+KEY = "predicted_by"
+
+# Names that ASE gives to calculators of machine-learned potentials: the class without "Calculator", in lower case.
+_POTENTIALS = {"ani", "cpunep", "dp", "gpunep", "nep", "orb", "pace", "pet", "quip", "spk", "tp", "uma", "umpa"}
+_POTENTIAL_PREFIXES = ("aimnet", "allegro", "alignn", "chgnet", "deepmd", "deeppot", "equimd", "esen", "fairchem")
+_POTENTIAL_PREFIXES += ("grace", "m3gnet", "mace", "matgl", "matris", "mattersim", "metatensor", "metatomic", "nequip")
+_POTENTIAL_PREFIXES += ("nequix", "orbcalc", "petmad", "pyace", "schnet", "sevennet", "so3lr", "spkcalc", "tensorpot")
+_POTENTIAL_PREFIXES += ("torchani", "upet")
+
+# Electronic-structure codes, by the names that ASE gives to their calculators; what they store in a run are labels.
+_REFERENCES = {"abinit", "aims", "amber-qm", "castep", "cp2k", "crystal", "demon", "dftb", "dftb+", "dftd3", "dftd4"}
+_REFERENCES |= {"dmol", "elk", "espresso", "exciting", "fleur", "gamess_us", "gaussian", "gpaw", "mopac", "nwchem"}
+_REFERENCES |= {"octopus", "onetep", "openmx", "orca", "psi4", "pyscf", "qchem", "siesta", "tblite", "turbomole"}
+_REFERENCES |= {"vasp", "vasp2", "xtb"}
+
+
+def predicted_by(atoms: Atoms) -> str | None:
+    """The potential that made the frame's results, in words; None if nothing says that they are predictions.
+
+    A frame that was written by others is judged by the name that its file gives to the calculator.
+    """
+    calc = atoms.calc
+    if calc is None:
+        return _words(atoms.info.get(KEY))
+    parameters = getattr(calc, "parameters", None) or {}
+    stored = isinstance(calc, SinglePointCalculator)  # what the frame's own file said of it, in other readers
+    stated = parameters.get(KEY) or (atoms.info.get(KEY) if stored else None)
+    if stated:
+        return _words(stated)
+    if {"potential", "family"} <= set(parameters):  # what equimd 0.1.0 stored in ASE's trajectories
+        return f"equimd potential {parameters['potential']}"
+    own = getattr(calc, "origin", None)
+    if isinstance(own, str):
+        return own
+    name = _plain(str(getattr(calc, "name", "")))
+    return name if name in _POTENTIALS or name.startswith(_POTENTIAL_PREFIXES) else None
+
+
+def origin_of(calculator: Any) -> str | None:
+    """What to write beside results of a simulation with this calculator; None for electronic-structure codes.
+
+    Results of any other calculator are predictions, whatever its name.
+    """
+    own = getattr(calculator, "origin", None)
+    if isinstance(own, str):
+        return own
+    name = str(getattr(calculator, "name", None) or type(calculator).__name__)
+    return None if _plain(name) in _REFERENCES else name
+
+
+def mark(atoms: Atoms, by: str | None) -> Atoms:
+    """The frame, whose calculator from now on says that ``by`` made its results; nothing is done for None."""
+    if by and atoms.calc is not None:
+        parameters: Any = atoms.calc.parameters
+        parameters[KEY] = by
+    return atoms
+
+
+def stated_in_info(atoms: Atoms) -> Atoms:
+    """The frame as text formats need it: its origin among ``info``; a copy if it has one."""
+    by = predicted_by(atoms)
+    if by is None:
+        return atoms
+    copy = atoms.copy()
+    copy.calc = atoms.calc
+    copy.info[KEY] = by
+    return copy
+
+
+def refuse_predictions(atoms: Atoms, where: str, accept: str) -> None:
+    """Refuse a frame whose results are predictions; ``accept`` says how the user can allow them.
+
+    Raises:
+        InputError: with ``where`` and the potential that made them.
+    """
+    by = predicted_by(atoms)
+    if by is not None:
+        raise InputError(
+            f"{where}: its energy and forces are predictions ({by}), not labels; accepted: frames that a reference"
+            f" method labelled, or {accept}"
+        )
+
+
+def _words(value: Any) -> str | None:
+    return str(value) if value else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix("calculator")
