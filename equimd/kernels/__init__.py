@@ -87,7 +87,8 @@ def convolve(
             are the ones that count.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit the plan or each other.
+        ValueError: for shapes, dtypes or devices that do not fit the plan or each other, and for a backend that was
+            asked for and is not installed.
     """
     n_receivers = x.shape[0] if num_nodes is None else num_nodes
     if topology is not None:
@@ -130,6 +131,8 @@ def _choose(backend: Backend, x: Tensor) -> Backend:
             raise ValueError(f"the triton backend takes float32 and float64 on a GPU, got {x.dtype} on {x.device}")
     else:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if not _has(backend):
+        raise ValueError(f"the {backend} backend needs the package {backend}, which is not installed")
     return backend
 
 

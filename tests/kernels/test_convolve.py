@@ -6,6 +6,7 @@ from e3nn import o3
 from kernel_problems import hessian_vector_product, make_problem, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
+from equimd import kernels
 from equimd.kernels import convolve, make_layer_plan, make_plan, make_topology, standard_irreps
 
 BACKENDS = ("reference", "numba")
@@ -228,6 +229,16 @@ def test_wrong_topology_and_backend_are_refused():
     with pytest.raises(ValueError, match="numba backend takes"):
         convolve(*half.floats, *half.rest, backend="numba")
     assert convolve(*half.floats, *half.rest).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_a_backend_that_is_asked_for_and_missing_is_named(monkeypatch, backend):
+    """TRITON_INTERPRET, which other tests set, lets triton be asked for on a CPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_has", lambda package: package != backend)
+    problem = make_problem()
+    with pytest.raises(ValueError, match=f"the {backend} backend needs the package {backend}"):
+        convolve(*problem.floats, *problem.rest, backend=backend)
 
 
 def test_standard_irreps_and_parity_order_agree_with_e3nn():
