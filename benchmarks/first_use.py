@@ -3,8 +3,8 @@
     python benchmarks/first_use.py [--checkout FOLDER]
 
 "Cold" is a process with an empty cache of kernels, "warm" one that finds them. Each process imports equimd, makes an
-``EquimdCalculator``, reads the potential's ``start.xyz`` and asks for forces. ``--checkout`` measures another checkout of
-equimd in turns with this one, for a comparison before and after a change. Writes benchmarks/results/first_use.json and
+``EquimdCalculator``, reads the potential's ``start.xyz`` and asks for forces. ``--checkout`` measures another checkout
+of equimd in turns with this one, for a comparison before and after a change. Writes benchmarks/results/first_use.json and
 the table in benchmarks/README.md. About five minutes for each checkout.
 """
 
