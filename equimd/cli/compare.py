@@ -63,8 +63,8 @@ def compare(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-    from equimd.compare import DEFAULT_PAIR, start_structure
-    from equimd.compare import compare as run
+    from equimd.comparison import DEFAULT_PAIR, start_structure
+    from equimd.comparison import compare as run
 
     names = potentials or list(DEFAULT_PAIR)
     atoms = start_structure(names, structure)

@@ -8,7 +8,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 
-from equimd.compare import SimulationError, compare, start_structure
+from equimd.comparison import SimulationError, compare, start_structure
 from equimd.errors import InputError
 from equimd.frames import read_list
 from equimd.report.comparison import CompareResult, CompareSettings
