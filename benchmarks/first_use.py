@@ -3,9 +3,9 @@
     python benchmarks/first_use.py [--checkout FOLDER]
 
 "Cold" is a process with an empty cache of kernels, "warm" one that finds them. Each process imports equimd, makes an
-``EquimdCalculator``, reads the potential's ``start.xyz`` and asks for forces. ``--checkout`` measures another checkout
-of equimd in turns with this one, for a comparison before and after a change. Writes the table in benchmarks/README.md and
-benchmarks/results/first_use.json. About five minutes for each checkout.
+``EquimdCalculator``, reads the potential's ``start.xyz`` and asks for forces. ``--checkout`` measures another
+checkout of equimd in turns with this one, for a comparison before and after a change. Writes the table in
+benchmarks/README.md and benchmarks/results/first_use.json. About five minutes for each checkout.
 """
 
 import argparse
