@@ -81,7 +81,7 @@ def numbers(value):
     return [value] if isinstance(value, float) else []
 
 
-@pytest.mark.benchmark
+@pytest.mark.slow
 def test_every_part_reports_and_faults_stay_where_they_are(tmp_path, request):
     cache = request.config.cache.mkdir("equimd") if hasattr(request.config, "cache") else tmp_path
     results, done = run(tmp_path, "last", "--minutes", "8", cache=cache)  # other tests run beside it

@@ -59,8 +59,10 @@ def assert_same(frames, expected):
                 np.testing.assert_allclose(labels_of(one)[name], value, rtol=1e-15)
 
 
+@pytest.mark.extra
 def test_what_ase_db_backends_writes(tmp_path):
-    backend = pytest.importorskip("ase_db_backends.aselmdb")
+    import ase_db_backends.aselmdb as backend
+
     rows = [labelled(k) for k in range(4)]
     with backend.LMDBDatabase(tmp_path / "a.aselmdb") as database:
         for atoms in rows:

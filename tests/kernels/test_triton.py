@@ -21,7 +21,7 @@ from equimd.kernels.triton_codegen import ROWS_PER_SHARE, make_shares, make_tile
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.selfcheck import self_check
 
-pytest.importorskip("triton", reason='triton is not installed; the extra "dev" installs it')
+pytestmark = pytest.mark.extra  # the extra "dev" installs triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of sums of a few hundred products, relative to their norm
