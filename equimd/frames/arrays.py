@@ -22,7 +22,7 @@ from equimd.frames.labels import labels_of, not_finite
 from equimd.neighbors import neighbor_list
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000

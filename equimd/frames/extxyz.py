@@ -1,37 +1,60 @@
-"""Extended XYZ, plain or gzipped: a fast reader, and a writer whose gzip bytes depend on the frames alone.
+"""Reads extended XYZ, plain or gzipped. The writer is in `xyz_writer`.
 
-Format: https://github.com/libAtoms/extxyz. Comment lines are parsed by ASE; the columns here, ten times as fast.
+Format: https://github.com/libAtoms/extxyz. Columns have the meaning that they have for ASE: `move_mask` becomes
+constraints, `masses`, `tags`, `momenta`, `initial_charges` and `initial_magmoms` are those of the atoms, `charge` is a
+result. `mass` is read as masses if it is in amu. Other columns, velocities among them, stay in `arrays` as they are.
 """
 
 import gzip
-import io
-import os
+import re
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers
-from ase.io.extxyz import key_val_str_to_dict
+from ase.constraints import FixAtoms, FixCartesian
+from ase.data import atomic_masses, atomic_numbers
 
-from equimd import origin
 from equimd.errors import InputError
+from equimd.frames.comment import Text, lattice_of, pbc_of, split, value_of
 
 _DEFAULT_PROPERTIES = "species:S:1:pos:R:3"
-_TRUE = ("T", "True", "true", "1")
+_BOOLEANS = {"T": True, "True": True, "true": True, "TRUE": True, "1": True}
+_BOOLEANS |= {"F": False, "False": False, "false": False, "FALSE": False, "0": False}
+_FIRST_LINE = 4096
+_LONGEST_LINE, _LONGEST_COMMENT = 1 << 20, 1 << 24  # comment lines hold whole inputs of other programs
+_IPI = re.compile(r"CELL[\[({](abcABC|H|GENH)|positions\{")
+# Columns that ASE gives a meaning: shapes after the first axis, and the kinds of numbers.
+_OF_ATOMS = {
+    "masses": (((),), "fi"),
+    "tags": (((),), "i"),
+    "momenta": (((3,),), "fi"),
+    "initial_charges": (((),), "fi"),
+    "initial_magmoms": (((), (3,)), "fi"),
+}
+_AMU = (0.3, 4.1)
+"""Ratio of a mass in amu to that of the element: from muonium to hydrogen of repartitioned mass."""
 
 
 def open_text(path: Path) -> IO[str]:
     """A text stream of a file, decompressed where its name ends in `.gz`."""
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
 
 
-def iterate(path: Path, keep: Callable[[int, int], bool] | None = None) -> Iterator[Atoms | None]:
+def iterate(
+    path: Path,
+    keep: Callable[[int, int], bool] | None = None,
+    hear: Callable[[str, bool], None] | None = None,
+) -> Iterator[Atoms | None]:
     """Frames as the file has them, labels still in `info` and `arrays`.
 
-    Where `keep` (index, number of atoms) says no, the lines are stepped over and None takes the frame's place.
+    If `keep` (index, number of atoms) says no, the lines are stepped over and None takes the frame's place. `hear` is
+    given the comment line of every frame, before the frame comes, and whether it is stepped over.
 
     Raises:
         InputError: for a truncated or malformed file, with the frame.
@@ -40,10 +63,15 @@ def iterate(path: Path, keep: Callable[[int, int], bool] | None = None) -> Itera
         index = 0
         try:
             while (n_atoms := _atom_count(stream, f"{path}, frame {index}")) is not None:
-                if keep is None or keep(index, n_atoms):
-                    yield _read_frame(stream, n_atoms, f"{path}, frame {index}")
+                where = f"{path}, frame {index}"
+                wanted = keep is None or keep(index, n_atoms)
+                line = _comment_line(stream, where)
+                if hear is not None:
+                    hear(line, not wanted)
+                if wanted:
+                    yield _read_frame(line, stream, n_atoms, where)
                 else:
-                    _step_over(stream, n_atoms, f"{path}, frame {index}")
+                    _step_over(stream, n_atoms, where)
                     yield None
                 index += 1
         except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
@@ -60,6 +88,7 @@ def count(path: Path) -> int:
     with open_text(path) as stream:
         try:
             while (n_atoms := _atom_count(stream, f"{path}, frame {frames}")) is not None:
+                _comment_line(stream, f"{path}, frame {frames}")
                 _step_over(stream, n_atoms, f"{path}, frame {frames}")
                 frames += 1
         except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
@@ -69,35 +98,65 @@ def count(path: Path) -> int:
 
 def _atom_count(stream: IO[str], where: str) -> int | None:
     """Number of atoms from the first line of a frame; None at the end of the file."""
-    line = stream.readline()
+    line = stream.readline(_FIRST_LINE)
     while line and not line.strip():
-        line = stream.readline()
+        line = stream.readline(_FIRST_LINE)
     if not line:
         return None
+    text = line.strip()
     try:
-        n_atoms = int(line)
+        n_atoms = int(text.replace("_", "-"))  # Python reads 1_0 as ten
     except ValueError:
-        raise InputError(f"{where}: number of atoms is {line.strip()[:40]!r}; accepted: an integer") from None
-    if n_atoms < 0:
-        raise InputError(f"{where}: number of atoms is {n_atoms}; accepted: 0 or more")
+        raise InputError(f"{where}: number of atoms is {text[:40]!r}; accepted: an integer") from None
+    if not 0 <= n_atoms <= sys.maxsize:
+        raise InputError(f"{where}: number of atoms is {text[:40]}; accepted: 0 or more, as many as there are")
     return n_atoms
 
 
+def _comment_line(stream: IO[str], where: str) -> str:
+    line = stream.readline(_LONGEST_COMMENT)
+    if len(line) == _LONGEST_COMMENT:
+        raise InputError(f"{where}: the comment line has {_LONGEST_COMMENT} characters or more; accepted: fewer")
+    if not line:
+        raise InputError(f"{where}: the file ends within it; accepted: a whole file")
+    return line.strip()
+
+
+def _lines(stream: IO[str], n: int, where: str) -> Iterator[str]:
+    """The lines of n atoms; a file that ends before is no reason to go on asking."""
+    k = -1
+    for k, line in enumerate(islice(iter(partial(stream.readline, _LONGEST_LINE), ""), n)):
+        if len(line) == _LONGEST_LINE:
+            raise InputError(f"{where}: the line of atom {k} has {_LONGEST_LINE} characters or more; accepted: fewer")
+        yield line
+    if k + 1 < n:
+        raise InputError(f"{where}: the file ends within it; accepted: {n} lines of atoms")
+
+
 def _step_over(stream: IO[str], n_atoms: int, where: str) -> None:
-    for _ in range(n_atoms + 1):
-        if not stream.readline():
-            raise InputError(f"{where}: the file ends within it; accepted: a whole file")
+    for _ in _lines(stream, n_atoms, where):
+        pass
 
 
-def _read_frame(stream: IO[str], n_atoms: int, where: str) -> Atoms:
-    info = _comment(stream.readline().strip())
-    columns = _columns(str(info.pop("Properties", _DEFAULT_PROPERTIES)), where)
+def _read_frame(line: str, stream: IO[str], n_atoms: int, where: str) -> Atoms:
+    if _IPI.search(line):
+        what = "the comment line is i-PI's, whose cell and units are not read"
+        raise InputError(f"{where}: {what}; accepted: extended XYZ with Lattice= in Å")
+    try:
+        texts = _pairs(line)
+        properties, lattice, pbc = (_take(texts, name) for name in ("properties", "lattice", "pbc"))
+        info = {key: value_of(key, text) for key, text in texts.items()}
+        cell = None if lattice is None else lattice_of(lattice)
+        periodic = np.full(3, lattice is not None) if pbc is None else pbc_of(pbc)
+    except ValueError as error:
+        raise InputError(f"{where}: the comment line cannot be read: {error}") from None
+    if cell is None and np.size(info.get("cell", ())) == 9:
+        raise InputError(f"{where}: the comment line has cell= and no Lattice; accepted: the vectors as Lattice=")
+    columns = _columns(_DEFAULT_PROPERTIES if properties is None else properties.text, where)
     width = sum(n for _, _, n in columns)
-    lines = [stream.readline() for _ in range(n_atoms)]
+    lines = list(_lines(stream, n_atoms, where))
     tokens = "".join(lines).split()
-    if len(tokens) != n_atoms * width:
-        if lines and not lines[-1]:
-            raise InputError(f"{where}: the file ends within it; accepted: {n_atoms} lines of atoms")
+    if len(tokens) != n_atoms * width or (n_atoms and len(lines[0].split()) != width):
         short = next((n for n, line in enumerate(lines) if len(line.split()) != width), 0)
         raise InputError(f"{where}: atom {short} has {len(lines[short].split())} columns; accepted: {width}")
     arrays = {}
@@ -105,22 +164,47 @@ def _read_frame(stream: IO[str], n_atoms: int, where: str) -> Atoms:
     for name, kind, n in columns:
         arrays[name] = _column(tokens, start, n, width, kind, f"{where}: column {name!r}")
         start += n
-    return _to_atoms(arrays, info, where)
+    return _to_atoms(arrays, info, cell, periodic, where)
 
 
-def _comment(line: str) -> dict:
-    """Key-value pairs of a comment line; free text stays one value."""
+def _pairs(line: str) -> dict[str, Text]:
+    """Texts by key; a line that says nothing of columns or cell may also be anything."""
     if "=" not in line:
-        return {"comment": line} if line else {}
-    return key_val_str_to_dict(line)
+        return {"comment": Text(line)} if line else {}
+    try:
+        return split(line)
+    except ValueError:
+        if "properties" in line.lower() or "lattice" in line.lower():
+            raise
+        return {"comment": Text(line)}
+
+
+def _take(texts: dict[str, Text], name: str) -> Text | None:
+    """Removes and returns the value of a key in any case.
+
+    Raises:
+        ValueError: if spellings in two cases have different values.
+    """
+    spelled = [key for key in texts if key.lower() == name]
+    values = [texts.pop(key) for key in spelled]
+    for key, value in zip(spelled[1:], values[1:], strict=True):
+        if value.text.split() != values[0].text.split():
+            raise ValueError(f"{spelled[0]!r} and {key!r} differ; accepted: one of them")
+    return values[0] if values else None
 
 
 def _columns(properties: str, where: str) -> list[tuple[str, str, int]]:
     """(name, kind, width) of each property in `name:kind:width:...`."""
     fields = properties.split(":")
     columns = list(zip(fields[::3], fields[1::3], fields[2::3], strict=False))
-    if len(fields) % 3 or any(kind not in "RISL" or not n.isdigit() for _, kind, n in columns):
-        raise InputError(f"{where}: Properties={properties!r}; accepted: name:R|I|S|L:width, joined by colons")
+    usable = [bool(name) and kind in tuple("RISL") and n.isdecimal() and int(n) > 0 for name, kind, n in columns]
+    if len(fields) % 3 or not all(usable):
+        accepted = "name:R|I|S|L:width, joined by colons"
+        raise InputError(f"{where}: Properties is {properties[:200]!r}; accepted: {accepted}")
+    names = [name for name, _, _ in columns]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{where}: Properties names {twice[0]!r} twice; accepted: each column once")
     return [(name, kind, int(n)) for name, kind, n in columns]
 
 
@@ -133,34 +217,78 @@ def _column(tokens: list[str], start: int, n: int, width: int, kind: str, where:
         elif kind == "I":
             values = np.array([list(map(int, part)) for part in parts], dtype=np.int64)
         elif kind == "L":
-            values = np.array([[token in _TRUE for token in part] for part in parts], dtype=bool)
+            values = np.array([[_BOOLEANS[token] for token in part] for part in parts], dtype=bool)
         else:
             values = np.array(parts)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{where}: {error}; accepted: numbers") from None
+    except KeyError as error:
+        raise InputError(f"{where}: {error} is neither true nor false; accepted: T or F") from None
     return values[0] if n == 1 else np.ascontiguousarray(values.T)
 
 
-def _to_atoms(arrays: dict[str, np.ndarray], info: dict, where: str) -> Atoms:
-    symbols = next((arrays.pop(name) for name in ("species", "symbols", "element") if name in arrays), None)
-    numbers = next((arrays.pop(name) for name in ("Z", "numbers", "atomic_numbers") if name in arrays), None)
-    positions = next((arrays.pop(name) for name in ("pos", "positions") if name in arrays), None)
+def _to_atoms(arrays: dict[str, np.ndarray], info: dict, cell: np.ndarray | None, pbc: np.ndarray, where: str) -> Atoms:
+    symbols = _first(arrays, ("species", "symbols", "element"))
+    numbers = _first(arrays, ("Z", "numbers", "atomic_numbers"))
+    positions = _first(arrays, ("pos", "positions"))
     if positions is None or (symbols is None and numbers is None):
         raise InputError(f"{where}: Properties lack species or pos; accepted: species:S:1:pos:R:3:...")
-    if numbers is None and symbols is not None:
-        numbers = _numbers_of(symbols, where)
-    lattice = info.pop("Lattice", None)
-    if lattice is not None and np.shape(lattice) != (3, 3):
-        raise InputError(f"{where}: Lattice has {np.size(lattice)} numbers; accepted: 9")
-    pbc = info.pop("pbc", lattice is not None)
-    # ASE's parser fills matrices column by column, so the rows of the file are the columns here.
-    cell = None if lattice is None else np.asarray(lattice, dtype=np.float64).T
+    if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype.kind not in "fi":
+        raise InputError(f"{where}: positions are not three numbers for each atom; accepted: pos:R:3")
+    if numbers is None:
+        if symbols is None or symbols.ndim != 1:
+            raise InputError(f"{where}: species takes several columns; accepted: species:S:1")
+        numbers = np.array(_numbers_of(symbols.astype(str), where), dtype=np.int64)
+    if numbers.ndim != 1 or numbers.dtype.kind != "i" or (numbers < 0).any():
+        raise InputError(f"{where}: atomic numbers are not one whole number for each atom; accepted: Z:I:1")
+    clash = next((name for name in ("numbers", "positions") if name in arrays), None)
+    if clash is not None:
+        raise InputError(f"{where}: there are two columns for {clash}; accepted: one")
     atoms = Atoms(numbers, positions=positions, cell=cell, pbc=pbc, info=info)
-    if "initial_charges" in arrays:
-        atoms.set_initial_charges(arrays.pop("initial_charges"))
+    move_mask = arrays.pop("move_mask", None)
+    _rename(arrays, atoms)
     for name, values in arrays.items():
-        atoms.new_array(name, values)
+        shapes, kinds = _OF_ATOMS.get(name, ((values.shape[1:],), values.dtype.kind))
+        if values.shape[1:] not in shapes or values.dtype.kind not in kinds:
+            what = f"{values.dtype.name} of shape {values.shape}"
+            raise InputError(f"{where}: column {name!r} is {what}; accepted: what ASE writes under this name")
+        atoms.new_array(name, values, dtype=np.float64 if kinds == "fi" else None)
+    if move_mask is not None:
+        atoms.set_constraint(constraints_of(move_mask, where))
     return atoms
+
+
+def _first(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
+    return next((arrays.pop(name) for name in names if name in arrays), None)
+
+
+def _rename(arrays: dict[str, np.ndarray], atoms: Atoms) -> None:
+    """ASE calls the charges of a calculator `charge`; libAtoms calls masses `mass`, QUIP in units of its own."""
+    if "charge" in arrays and "charges" not in arrays:
+        arrays["charges"] = arrays.pop("charge")
+    mass = arrays.get("mass")
+    if mass is not None and "masses" not in arrays and mass.ndim == 1 and mass.dtype.kind in "fi":
+        known = np.clip(atoms.numbers, 0, len(atomic_masses) - 1)
+        ratio = mass / atomic_masses[known]
+        if ((ratio > _AMU[0]) & (ratio < _AMU[1])).all():
+            arrays["masses"] = arrays.pop("mass")
+
+
+def constraints_of(move_mask: np.ndarray, where: str) -> list[FixAtoms | FixCartesian]:
+    """Constraints of a mask (N,) or (N, 3) that is true where an atom may move: what ASE's reader makes, in few."""
+    if move_mask.dtype.kind not in "bi" or (move_mask.ndim == 2 and move_mask.shape[1] != 3):
+        raise InputError(f"{where}: move_mask is not one or three of T and F for each atom; accepted: move_mask:L:1")
+    fixed = ~move_mask.astype(bool)
+    if fixed.ndim == 1:
+        fixed = np.repeat(fixed[:, None], 3, axis=1)
+    constraints: list[FixAtoms | FixCartesian] = []
+    for mask in np.unique(fixed, axis=0):
+        indices = np.flatnonzero((fixed == mask).all(axis=1))
+        if mask.all():
+            constraints.insert(0, FixAtoms(indices=indices))
+        elif mask.any():
+            constraints.append(FixCartesian(indices, mask=mask))
+    return constraints
 
 
 def _numbers_of(symbols: np.ndarray, where: str) -> list[int]:
@@ -170,34 +298,8 @@ def _numbers_of(symbols: np.ndarray, where: str) -> list[int]:
         pass
     numbers = []
     for symbol in symbols.tolist():
-        number = int(symbol) if symbol.isdigit() else atomic_numbers.get(symbol.capitalize())
+        number = int(symbol) if symbol.isdecimal() and len(symbol) < 4 else atomic_numbers.get(symbol.capitalize())
         if number is None or number > 118:
-            raise InputError(f"{where}: species {symbol!r} is no element; accepted: chemical symbols")
+            raise InputError(f"{where}: species {symbol[:40]!r} is no element; accepted: chemical symbols")
         numbers.append(number)
     return numbers
-
-
-def write(path: Path, frames: Iterable[Atoms]) -> None:
-    """Write frames through a temporary name; `.gz` is compressed without a time stamp, so equal frames, equal bytes."""
-    from ase.io.extxyz import write_extxyz
-
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            if path.suffix == ".gz":
-                with (
-                    gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
-                    io.TextIOWrapper(packed, encoding="utf-8") as text,
-                ):
-                    for atoms in frames:
-                        write_extxyz(text, [origin.stated_in_info(atoms)])
-            else:
-                with io.TextIOWrapper(raw, encoding="utf-8", write_through=True) as text:
-                    for atoms in frames:
-                        write_extxyz(text, [origin.stated_in_info(atoms)])
-                    text.flush()
-                    os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

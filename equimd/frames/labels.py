@@ -28,7 +28,25 @@ KNOWN_NAMES = {
     "virial": VIRIAL_NAMES,
 }
 _INFO_NAMES = ENERGY_NAMES + LAST_RESORT_ENERGY_NAMES + STRESS_NAMES + VIRIAL_NAMES
-_KEPT_PROPERTIES = ("dipole", "charges", "magmom", "magmoms")
+# Other results of ASE's calculators, which are kept as they are: shapes, "N" for the number of atoms.
+CONFIG_RESULTS: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "energy": ((),),
+    "free_energy": ((),),
+    "stress": ((6,), (3, 3)),
+    "dipole": ((3,),),
+    "magmom": ((), (3,)),
+    "polarization": ((3,),),
+    "dielectric_tensor": ((3, 3),),
+}
+ATOM_RESULTS: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "forces": (("N", 3),),
+    "energies": (("N",),),
+    "stresses": (("N", 6), ("N", 3, 3)),
+    "charges": (("N",),),
+    "magmoms": (("N",), ("N", 3)),
+    "born_effective_charges": (("N", 3, 3),),
+}
+_LABELS = ("energy", "free_energy", "forces", "stress")
 
 # Where the six components of each convention sit in ASE's order xx yy zz yz xz xy.
 VOIGT_ORDERS = {"ase": (0, 1, 2, 3, 4, 5), "vasp": (0, 1, 2, 4, 5, 3)}
@@ -83,6 +101,8 @@ class UnitSpec:
 class LabelKeys:
     """Names of the labels in a file (None: look for the usual names) and the convention of its stress.
 
+    The name ``none`` reads no such label; any other must be in some frame of the file.
+
     VASP's OUTCAR stress is `UnitSpec(stress="kbar")` with `LabelKeys(voigt="vasp", stress_sign=-1)`. A virial
     (W = −V σ, in energy units) is used where no stress is given. Labels must be finite, but for components of a
     stress that are NaN, which say that they are not known; without `finite` all are passed on as they are.
@@ -105,6 +125,11 @@ class LabelKeys:
         if self.stress_sign not in (1, -1):
             raise InputError(f"stress_sign is {self.stress_sign!r}; accepted: 1 or -1")
 
+    def named(self) -> dict[str, str]:
+        """The names that were asked for, by label."""
+        names = {label: getattr(self, label) for label in KNOWN_NAMES}
+        return {label: name for label, name in names.items() if name is not None}
+
 
 DEFAULT_UNITS = UnitSpec()
 DEFAULT_KEYS = LabelKeys()
@@ -125,31 +150,47 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
         atoms.set_cell(atoms.cell.array * units_.length_factor)
     by = origin.predicted_by(atoms)
     atoms.info.pop(origin.KEY, None)
-    _move_results(atoms, keys)
+    _move_results(atoms, keys, where)
     results = collect_labels(atoms, units_, keys, where, remove=True)
-    for name in _KEPT_PROPERTIES:
-        for store in (atoms.info, atoms.arrays):
-            if name in store:
-                results[name] = store.pop(name)
+    results |= _other_results(atoms, units_, where)
     atoms.calc = SinglePointCalculator(atoms, **results)
     return origin.mark(atoms, by)
 
 
-def _move_results(atoms: Atoms, keys: LabelKeys) -> None:
+def _move_results(atoms: Atoms, keys: LabelKeys, where: str) -> None:
     """Put what ASE moved into a calculator back into `info` and `arrays`, unless other names were asked for."""
     held = getattr(atoms.calc, "results", {})
     atoms.calc = None
     for name, value in held.items():
-        wanted = name in ("energy", "stress") and getattr(keys, name) in (None, name)
-        last_resort = name == "free_energy" and keys.energy is None and "energy" not in held
-        if wanted or last_resort or name == keys.energy == "free_energy":
-            atoms.info[name] = value
-        elif name == "forces" and keys.forces in (None, name):
-            atoms.arrays[name] = value
-        elif name in ("dipole", "magmom"):
-            atoms.info[name] = value
-        elif name in ("charges", "magmoms"):
-            atoms.arrays[name] = value
+        wanted = name not in _LABELS or (name != "free_energy" and getattr(keys, name) in (None, name))
+        last_resort = name == "free_energy" and keys.energy in (None, name)
+        store = atoms.arrays if name in ATOM_RESULTS else atoms.info
+        if value is None or not (wanted or last_resort):
+            continue
+        if name in store and not np.array_equal(store[name], value):
+            what = f"{name!r} has one value as a result and another in {'arrays' if store is atoms.arrays else 'info'}"
+            raise InputError(f"{where}: {what}; accepted: one of them")
+        store[name] = value
+
+
+def _other_results(atoms: Atoms, units_: UnitSpec, where: str) -> dict[str, Any]:
+    """Results beside energy, forces and stress, taken out of `info` and `arrays`; energies in eV, stresses in eV/Å³."""
+    results: dict[str, Any] = {}
+    for names, store in ((CONFIG_RESULTS, atoms.info), (ATOM_RESULTS, atoms.arrays)):
+        for name in [name for name in names if name in store and name not in _LABELS]:
+            value = store.pop(name)
+            shapes = [tuple(len(atoms) if n == "N" else n for n in shape) for shape in names[name]]
+            try:
+                array = np.asarray(value, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise InputError(f"{where}: {name} is {str(value)[:40]!r}; accepted: numbers, or no {name}") from None
+            sizes = [shape for shape in shapes if int(np.prod(shape)) == array.size]
+            if not sizes:
+                accepted = " or ".join(map(str, shapes))
+                raise InputError(f"{where}: {name} has shape {array.shape}; accepted: {accepted}, or no {name}")
+            factor = {"energies": units_.energy_factor, "stresses": units_.stress_factor}.get(name, 1.0)
+            results[name] = float(array.item() * factor) if sizes[0] == () else array.reshape(sizes[0]) * factor
+    return results
 
 
 def collect_labels(
@@ -159,9 +200,13 @@ def collect_labels(
     info, arrays = atoms.info, atoms.arrays
     results: dict[str, Any] = {}
     energy = _find(info, keys.energy, ENERGY_NAMES, where, remove)
-    last_resort = _find(info, None, LAST_RESORT_ENERGY_NAMES, where, remove and keys.energy is None)
+    free = _find(info, None, LAST_RESORT_ENERGY_NAMES, where, remove) if keys.energy is None else None
+    if keys.energy in LAST_RESORT_ENERGY_NAMES:
+        free = energy
+    if free is not None:
+        results["free_energy"] = float(_numbers(free, (), "free energy", where, False)) * units_.energy_factor
     if energy is None and keys.energy is None:
-        energy = last_resort
+        energy = free
     if energy is not None:
         results["energy"] = float(_numbers(energy, (), "energy", where, keys.finite)) * units_.energy_factor
     forces = _find(arrays, keys.forces, FORCES_NAMES, where, remove)
@@ -182,7 +227,7 @@ def collect_labels(
     return results
 
 
-def _find(store: dict, key: str | None, names: Iterable[str], where: str, remove: bool) -> Any:
+def _find(store: dict, key: str | None, names: tuple[str, ...], where: str, remove: bool) -> Any:
     """The value under `key`, or under the first of the usual names whatever their case; None where there is none."""
     if key is not None:
         if key not in store:
@@ -190,8 +235,8 @@ def _find(store: dict, key: str | None, names: Iterable[str], where: str, remove
         return store.pop(key) if remove else store[key]
     if not store:
         return None
-    by_name = {name.lower(): name for name in store if isinstance(name, str)}
-    present = [by_name[name] for name in names if name in by_name]
+    spelled = [name for name in store if isinstance(name, str) and name.lower() in names]
+    present = sorted(spelled, key=lambda name: names.index(name.lower()))
     values = [store.pop(name) if remove else store[name] for name in present]
     for name, value in zip(present[1:], values[1:], strict=True):
         if not np.array_equal(value, values[0]):

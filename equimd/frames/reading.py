@@ -11,7 +11,8 @@ from ase import Atoms
 from equimd.errors import InputError
 from equimd.frames import extxyz, tables
 from equimd.frames.checks import N_CHECKED, check_plausible
-from equimd.frames.labels import DEFAULT_KEYS, DEFAULT_UNITS, LabelKeys, UnitSpec, attach_labels
+from equimd.frames.labeller import Labeller
+from equimd.frames.labels import DEFAULT_KEYS, LabelKeys, UnitSpec
 from equimd.frames.transaction import recover
 
 XYZ_SUFFIXES = (".xyz", ".extxyz")
@@ -123,7 +124,9 @@ def read_frames(
             raise InputError(f"{name}: is a folder without .aselmdb files; accepted: a file of structures")
         if not name.exists():
             raise InputError(f"{name}: no such file; accepted: a file of structures")
-    if stride < 1:
+        if not name.is_dir() and not name.is_file():
+            raise InputError(f"{name}: is a device, a pipe or a socket; accepted: a regular file of structures")
+    if not isinstance(stride, int) or stride < 1:
         raise InputError(f"stride is {stride}; accepted: 1 or more")
     if not finite:
         keys = replace(keys or DEFAULT_KEYS, finite=False)
@@ -153,9 +156,9 @@ def format_suffix(path: Path) -> str:
 def _source(path: Path, topology: Path | None, units: UnitSpec | None, keys: LabelKeys | None) -> Source:
     suffix, chosen = format_suffix(path), keys or DEFAULT_KEYS
     if suffix in XYZ_SUFFIXES:
-        spec = units or DEFAULT_UNITS
+        said: set[str] = set()
         return Source(
-            lambda keep: _labelled(extxyz.iterate(path, keep), path, spec, chosen), lambda: extxyz.count(path)
+            lambda keep: _labelled_xyz(path, keep, Labeller(path, units, chosen, said)), lambda: extxyz.count(path)
         )
     if suffix == ".npz":
         from equimd.frames.npz import NpzSet
@@ -178,7 +181,7 @@ def _source(path: Path, topology: Path | None, units: UnitSpec | None, keys: Lab
         _refuse_options(path, units=units, keys=keys)
         trajectory = MdtrajTrajectory(path, topology, _elements(topology))
         return Source(lambda _: trajectory.frames(), trajectory.count)
-    return Source(lambda _: tables.iterate_ase(path, units or DEFAULT_UNITS, chosen))
+    return Source(lambda _: tables.iterate_ase(path, units, chosen))
 
 
 def _hdf5_source(path: Path, topology: Path | None, units: UnitSpec | None, keys: LabelKeys | None) -> Source:
@@ -215,9 +218,10 @@ def _hdf5_source(path: Path, topology: Path | None, units: UnitSpec | None, keys
     return Source(lambda _: reader.frames(), reader.count)
 
 
-def _labelled(frames: Iterator[Atoms | None], path: Path, units: UnitSpec, keys: LabelKeys) -> Iterator[Atoms | None]:
-    for index, atoms in enumerate(frames):
-        yield None if atoms is None else attach_labels(atoms, units, keys, f"{path}, frame {index}")
+def _labelled_xyz(path: Path, keep: Keep | None, labeller: Labeller) -> Iterator[Atoms | None]:
+    for index, atoms in enumerate(extxyz.iterate(path, keep, labeller.hear)):
+        yield None if atoms is None else labeller.label(atoms, f"{path}, frame {index}")
+    labeller.finish()
 
 
 def _elements(topology: Path | None) -> np.ndarray | None:

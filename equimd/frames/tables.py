@@ -12,7 +12,8 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
-from equimd.frames.labels import STRESS_NAMES, VIRIAL_NAMES, LabelKeys, UnitSpec, attach_labels
+from equimd.frames.labeller import Labeller
+from equimd.frames.labels import STRESS_NAMES, VIRIAL_NAMES, LabelKeys, UnitSpec
 
 # Columns of a row that ASE wants as arrays, which JSON may hold as lists.
 _ROW_ARRAYS = {"numbers", "positions", "cell", "pbc", "forces", "stress", "momenta", "charges", "magmoms"}
@@ -30,17 +31,18 @@ def iterate_database(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) ->
     """
     with _open_database(path) as database:
         with _naming(f"{path}: the metadata"):
-            spec = unit_spec or _database_units(path, dict(database.metadata), keys)
+            labeller = Labeller(path, unit_spec or _database_units(path, dict(database.metadata), keys), keys)
         index, last = 0, 0
         while True:
             with _naming(f"{path}: a row from number {index} on"):  # ASE fetches at once whatever is selected
                 rows = list(database.select(f"id>{last}", sort="id", limit=_ROWS_PER_PAGE))
             if not rows:
+                labeller.finish()
                 return
             for row in rows:
                 where = f"{path}, row {index}"
                 with _naming(where):
-                    atoms = _frame_of_row(row, spec, keys, where)
+                    atoms = labeller.label(_frame_of_row(row, keys), where)
                 yield atoms
                 index, last = index + 1, row.id
 
@@ -57,7 +59,8 @@ def _naming(where: str) -> Iterator[None]:
         raise InputError(f"{where} cannot be read ({what}); accepted: a whole database of ASE") from error
 
 
-def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atoms:
+def _frame_of_row(row: Any, keys: LabelKeys) -> Atoms:
+    """The atoms with their calculator's results, `info` of key-value pairs and data; data of all atoms are arrays."""
     atoms = row.toatoms()
     if atoms.calc is not None:
         atoms.calc.parameters.update(row.get("calculator_parameters") or {})
@@ -67,6 +70,7 @@ def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atom
         try:
             array = np.asarray(value)
         except ValueError:  # of unequal lengths: no label
+            atoms.info.setdefault(name, value)
             continue
         if array.shape == (len(atoms), 3) and name.lower() not in tensors and name not in (keys.stress, keys.virial):
             atoms.arrays[name] = array
@@ -74,7 +78,9 @@ def _frame_of_row(row: Any, spec: UnitSpec, keys: LabelKeys, where: str) -> Atom
             atoms.info[name] = array.item()
         elif array.dtype.kind in "fiu":
             atoms.info[name] = array
-    return attach_labels(atoms, spec, keys, where)
+        else:
+            atoms.info.setdefault(name, value)
+    return atoms
 
 
 def count_database(path: Path) -> int:
@@ -127,6 +133,7 @@ class LmdbSet:
         for shard in self.shards:
             with self._open(shard) as rows:
                 spec = self._units or _database_units(shard, self._entry(rows, "metadata") or {}, self._keys)
+                labeller = Labeller(shard, spec, self._keys)
                 for index, number in enumerate(self._ids(rows)):
                     where = f"{shard}, row {index}"
                     columns = self._entry(rows, str(number))
@@ -135,10 +142,11 @@ class LmdbSet:
                     for name in _ROW_ARRAYS & columns.keys():
                         columns[name] = np.asarray(columns[name])
                     try:
-                        atoms = _frame_of_row(AtomsRow({**columns, "id": number}), spec, self._keys, where)
+                        atoms = _frame_of_row(AtomsRow({**columns, "id": number}), self._keys)
                     except (KeyError, AttributeError, TypeError) as error:
                         raise InputError(f"{where}: lacks {error}; accepted: rows of an ASE database") from error
-                    yield atoms
+                    yield labeller.label(atoms, where)
+                labeller.finish()
 
     @contextmanager
     def _open(self, shard: Path) -> Iterator[Any]:
@@ -189,7 +197,7 @@ def _database_units(path: Path, metadata: dict, keys: LabelKeys) -> UnitSpec:
         raise InputError(f"{path}: {error}; or say units=UnitSpec(...)") from None
 
 
-def iterate_ase(path: Path, unit_spec: UnitSpec, keys: LabelKeys) -> Iterator[Atoms]:
+def iterate_ase(path: Path, unit_spec: UnitSpec | None, keys: LabelKeys) -> Iterator[Atoms]:
     """Frames of any file that ASE reads, `.traj` included.
 
     Raises:
@@ -198,16 +206,17 @@ def iterate_ase(path: Path, unit_spec: UnitSpec, keys: LabelKeys) -> Iterator[At
     from ase.io import iread
 
     frames = iread(path, index=":")
-    index = 0
+    index, labeller = 0, Labeller(path, unit_spec, keys)
     while True:
         try:
             atoms = next(frames)
         except StopIteration:
+            labeller.finish()
             return
         except Exception as error:  # ASE's readers raise whatever they stumble over
             raise InputError(
                 f"{path}, frame {index}: ASE cannot read it ({type(error).__name__}: {str(error)[:120]}); accepted:"
                 " .xyz .extxyz .db .traj .npz .h5 .h5md .dcd .xtc .trr, or a format of ASE"
             ) from error
-        yield attach_labels(atoms, unit_spec, keys, f"{path}, frame {index}")
+        yield labeller.label(atoms, f"{path}, frame {index}")
         index += 1

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ase import Atoms
+from ase.io.jsonio import encode
 
 from equimd.errors import InputError
-from equimd.frames import extxyz
+from equimd.frames import xyz_writer
+from equimd.frames.losses import Losses, fresh_results
 from equimd.frames.reading import XYZ_SUFFIXES, format_suffix
 
 
@@ -24,7 +26,7 @@ def write_frames(path: str | Path, frames: Iterable[Atoms]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; accepted: an existing folder")
     if suffix in XYZ_SUFFIXES:
-        extxyz.write(path, frames)
+        xyz_writer.write(path, frames)
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -32,9 +34,10 @@ def write_frames(path: str | Path, frames: Iterable[Atoms]) -> None:
         if suffix == ".traj" and path.suffix != ".gz":
             from ase.io.trajectory import Trajectory
 
+            losses = Losses(str(path), "a trajectory of ASE")
             with Trajectory(temporary, "w") as trajectory:
                 for atoms in frames:
-                    trajectory.write(atoms)  # pyright: ignore
+                    trajectory.write(_for_trajectory(atoms, losses))  # pyright: ignore
         elif path.suffix.lower() in (".h5", ".h5md"):
             from equimd.frames.h5md import H5MDWriter
 
@@ -48,3 +51,33 @@ def write_frames(path: str | Path, frames: Iterable[Atoms]) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# Arrays that ASE's trajectories hold.
+_STORED = {"numbers", "positions", "momenta", "masses", "tags", "initial_charges", "initial_magmoms"}
+
+
+def _for_trajectory(atoms: Atoms, losses: Losses) -> Atoms:
+    """The atoms with what a trajectory holds: results and info of JSON's kinds, but neither other arrays nor labels
+    that are not results.
+
+    Raises:
+        InputError: if labels lie in arrays, which would be lost.
+    """
+    fresh_results(atoms, losses)
+    for name in sorted(set(atoms.arrays) - _STORED):
+        losses.add(f"the array {name!r}")
+    frame = atoms.copy()
+    frame.calc = atoms.calc
+    kept = [constraint for constraint in atoms.constraints if hasattr(constraint, "todict")]
+    for constraint in atoms.constraints:
+        if constraint not in kept:
+            losses.add(f"the constraint {type(constraint).__name__}")
+    frame.set_constraint(kept)
+    for key, value in atoms.info.items():
+        try:
+            encode(value)
+        except TypeError:
+            losses.add(f"the info {key!r} ({type(value).__name__})")
+            del frame.info[key]
+    return frame

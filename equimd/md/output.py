@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-import ase.io
 from ase import Atoms
 
-from equimd import origin
 from equimd.errors import InputError
 from equimd.frames import H5MDWriter
 from equimd.frames.transaction import transaction
+from equimd.frames.xyz_writer import FrameFormatter
 
 
 class Output(Protocol):
@@ -51,18 +50,21 @@ class H5MDOutput:
 
 
 class ExtxyzOutput:
-    """An extxyz file with momenta, forces, energy and stress; the mark is its size in bytes."""
+    """An extxyz file with momenta, masses, constraints, forces, energy and stress; the mark is its size in bytes."""
 
     def __init__(self, path: Path, append: bool) -> None:
         self.path = path
         self.pending = io.StringIO()
+        self._formatter = FrameFormatter(str(path))
 
     def append(self, atoms: Atoms, step: int, time_fs: float, temperature_K: float) -> None:
         """Add a frame; step, time_fs and temperature_K go into its comment line."""
         frame = atoms.copy()
         frame.calc = atoms.calc
-        frame.info = {**frame.info, "step": step, "time_fs": time_fs, "temperature_K": temperature_K}
-        ase.io.write(self.pending, origin.stated_in_info(frame), format="extxyz")
+        results = getattr(atoms.calc, "results", {})
+        frame.info = {name: value for name, value in frame.info.items() if name not in results}  # of the start
+        frame.info |= {"step": step, "time_fs": time_fs, "temperature_K": temperature_K}
+        self.pending.write(self._formatter.format(frame, f"{self.path}, step {step}"))
 
     def flush(self) -> int:
         """Append the gathered frames in one transaction."""
