@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
+from equimd.frames.labeller import Labeller
 from equimd.frames.labels import LabelKeys, UnitSpec, attach_labels
 
 # rMD17 (Christensen, von Lilienfeld, 2020) and sGDML (https://docs.sgdml.org): numbers, positions, energies, forces.
@@ -44,6 +46,7 @@ class NpzSet:
         with self._open() as archive:
             number_key, position_key, energy_key, force_key = self._names(archive)
             spec = self._resolve_units(archive)
+            self._check_keys(archive, spec)
             positions = self._rows(archive, position_key)
             if len(positions.shape) != 3 or positions.shape[2] != 3:
                 shape = positions.shape
@@ -97,6 +100,20 @@ class NpzSet:
             if number in stored and position in stored:
                 return number, position, self._keys.energy or energy, self._keys.forces or force
         raise InputError(f"{self.path}: has keys {', '.join(stored)}; accepted: {' '.join(_LAYOUTS[0])}, or z R E F")
+
+    def _check_keys(self, archive: zipfile.ZipFile, spec: UnitSpec) -> None:
+        """A key that was asked for must be there, and be in the units that its name states."""
+        Labeller(self.path, spec, self._keys)
+        stored = _members(archive)
+        for label, key in self._keys.named().items():
+            if key.lower() == "none":
+                continue
+            if label not in ("energy", "forces"):
+                raise InputError(f"{self.path}: the key {label} does not apply to npz; accepted: energy, forces")
+            if key not in stored:
+                near = get_close_matches(key, stored, n=1)
+                accepted = f"a name that is there, such as {near[0]!r}" if near else ", ".join(stored)
+                raise InputError(f"{self.path}: no array is {key!r}, the key of {label}; accepted: {accepted}")
 
     def _resolve_units(self, archive: zipfile.ZipFile) -> UnitSpec:
         if self._units is not None:

@@ -108,8 +108,6 @@ def test_periodic_directions_in_one_word(text, periodic):
     assert pbc_of(split(f"pbc={text}")["pbc"]).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "text", ['"1 2 3 4 5 6 7 8 9"', "[[1,2,3],[4,5,6],[7,8,9]]", "[ [1, 2, 3] [4 5 6] [7.0 8 9]]"]
-)
+@pytest.mark.parametrize("text", ['"1 2 3 4 5 6 7 8 9"', "[[1,2,3],[4,5,6],[7,8,9]]", "[ [1, 2, 3] [4 5 6] [7.0 8 9]]"])
 def test_cell_vectors_are_rows(text):
     np.testing.assert_array_equal(lattice_of(split(f"Lattice={text}")["Lattice"]), np.arange(1.0, 10.0).reshape(3, 3))
