@@ -366,6 +366,6 @@ def _trajectory(contestant: Contestant, own: list[Atoms], equivariance: Equivari
 def _parity(calculator: Any, pooled: list[Atoms]) -> Parity:
     """A fixed random choice of force components on the common frames."""
     predicted = np.concatenate([f.ravel() for f in as_force_field(calculator).evaluate(pooled).forces])
-    reference = np.concatenate([frame.get_forces().ravel() for frame in pooled])
+    reference = np.concatenate([frame.get_forces(apply_constraint=False).ravel() for frame in pooled])
     chosen = np.random.default_rng(0).permutation(len(reference))[:_PARITY_POINTS]
     return Parity(reference=reference[chosen].tolist(), predicted=predicted[chosen].tolist())

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -154,11 +154,11 @@ def _read_frame(line: str, stream: IO[str], n_atoms: int, where: str) -> Atoms:
         raise InputError(f"{where}: the comment line has cell= and no Lattice; accepted: the vectors as Lattice=")
     columns = _columns(_DEFAULT_PROPERTIES if properties is None else properties.text, where)
     width = sum(n for _, _, n in columns)
-    lines = list(_lines(stream, n_atoms, where))
-    tokens = "".join(lines).split()
-    if len(tokens) != n_atoms * width or (n_atoms and len(lines[0].split()) != width):
-        short = next((n for n, line in enumerate(lines) if len(line.split()) != width), 0)
-        raise InputError(f"{where}: atom {short} has {len(lines[short].split())} columns; accepted: {width}")
+    rows = [line.split() for line in _lines(stream, n_atoms, where)]
+    for k, row in enumerate(rows):
+        if len(row) != width:
+            raise InputError(f"{where}: atom {k} has {len(row)} columns; accepted: {width}")
+    tokens = list(chain.from_iterable(rows))
     arrays = {}
     start = 0
     for name, kind, n in columns:

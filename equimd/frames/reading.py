@@ -118,7 +118,8 @@ def read_frames(
         InputError: if the file is missing, of unknown format, lacks what the format needs, or is malformed.
     """
     path = Path(path)
-    recover(path)
+    if not path.is_dir():
+        recover(path)
     for name in (path, Path(topology) if topology is not None else path):
         if name.is_dir() and not tables.lmdb_shards(name):
             raise InputError(f"{name}: is a folder without .aselmdb files; accepted: a file of structures")

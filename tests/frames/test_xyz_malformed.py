@@ -53,6 +53,7 @@ def refusal(path, text: str) -> str:
         ("tags:I:1", "masses:S:1", "column 'masses' is"),
         ("forces:R:3", "masses:R:3", "column 'masses' is"),
         ("H 0 0 0 T", "² 0 0 0 T", "species '²' is no element"),
+        ("0.5 1\nH", "0.5 1 8\n", "atom 0 has 10 columns; accepted: 9"),
         ("2\n", "2_0\n", "number of atoms is '2_0'"),
         ("2\n", "9" * 18 + "\n", "the file ends within it"),
         ("2\n", "2" * 5000 + "\n", "number of atoms is"),
@@ -115,6 +116,13 @@ def test_devices_and_pipes_are_refused(tmp_path, name):
         os.mkfifo(path)
     with pytest.raises(InputError, match="is a device, a pipe or a socket; accepted: a regular file"):
         read_frames(path)
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", ""])
+def test_folders_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is a folder without .aselmdb files"):
+        read_frames(name)
 
 
 def test_lines_without_end_are_refused(tmp_path, monkeypatch):

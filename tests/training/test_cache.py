@@ -303,3 +303,10 @@ def test_large_sets_stay_on_the_host(request_, monkeypatch):
 def test_the_folder_is_beside_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("EQUIMD_CACHE", str(tmp_path))
     assert graphs_folder() == tmp_path / "graphs"
+
+
+def test_devices_and_pipes_are_refused_before_they_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo.xyz")
+    for path in (Path("/dev/zero"), tmp_path / "fifo.xyz"):
+        with pytest.raises(InputError, match="is a device, a pipe or a socket; accepted: a regular file"):
+            file_sha256(path)
