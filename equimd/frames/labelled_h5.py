@@ -29,7 +29,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from equimd.errors import InputError
-from equimd.frames.h5md_reader import unit_factor
+from equimd.frames.h5md_units import unit_factor
 from equimd.frames.labels import ENERGY_NAMES, FORCES_NAMES, STRESS_NAMES, LabelKeys, UnitSpec, attach_labels
 
 FRAMES_PER_CHUNK = 500
