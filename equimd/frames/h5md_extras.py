@@ -140,7 +140,7 @@ def read_system(file: h5py.File, numbers: np.ndarray, pbc: Iterable[bool], masse
     group: Any = file[GROUP]
     system.not_stored = {str(name) for name in group.attrs.get("not_stored", ())}
     if "system" in group:
-        stored = decode(group["system"].asstr()[()], always_array=False)
+        stored: Any = decode(group["system"].asstr()[()], always_array=False)
         system.constraints, system.info = encode(stored["constraints"]), encode(stored["info"])
     for name, values in group.get("arrays", {}).items():
         text = h5py.check_string_dtype(values.dtype) is not None and values.dtype.kind == "O"
@@ -157,10 +157,11 @@ def template(system: System, where: str) -> Atoms:
     atoms = Atoms(system.numbers, positions=np.zeros((len(system.numbers), 3)), pbc=system.pbc)
     try:
         if not np.array_equal(system.masses, atoms.get_masses()):
-            atoms.set_masses(system.masses)
+            atoms.set_masses(system.masses)  # pyright: ignore
         for name, values in system.arrays.items():
             atoms.set_array(name, values)
-        atoms.set_constraint([dict2constraint(one) for one in decode(system.constraints, always_array=False)])
+        constraints: Any = decode(system.constraints, always_array=False)
+        atoms.set_constraint([dict2constraint(one) for one in constraints])
         atoms.info = decode_info(system.info)
     except Exception as error:  # whatever a damaged file does to ASE
         what = f"{type(error).__name__}: {str(error)[:120]}"
@@ -170,7 +171,8 @@ def template(system: System, where: str) -> Atoms:
 
 def decode_info(text: str) -> dict[str, Any]:
     """The `info` of a frame."""
-    return decode(text, always_array=False)
+    info: Any = decode(text, always_array=False)
+    return info
 
 
 def _comes_back(key: Any, value: Any) -> bool:

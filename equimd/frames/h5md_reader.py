@@ -49,10 +49,11 @@ class _Series:
 class H5MDReader:
     """Reads one file chunk by chunk; holds it open only while iterating.
 
-    Units come from the file's `unit` attributes; without them, from `unit_spec`, or else eV, Å and fs with a notice.
-    Elements come from `topology` if given, else from the file's species: names, an enumeration, or atomic numbers, which
-    must agree with the masses. Frames have the masses, constraints and `info` that the file holds. A label that is NaN throughout is one that the frame has not; one that is not finite in
-    part is refused, or passed on without `finite`, but for a stress that is NaN in part.
+    Units come from the file's `unit` attributes; without them, from `unit_spec`, or else eV, Å, fs and u with a notice.
+    Elements come from `topology` if given, else from the file's species: names, an enumeration, or atomic numbers,
+    which must agree with the masses. Frames have the masses, constraints and `info` that the file holds. A label that
+    is NaN throughout is one that the frame has not; one that is not finite in part is refused, or passed on without
+    `finite`, but for a stress that is NaN in part.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class H5MDReader:
         if self._units is None and not self._noticed:
             self._noticed = True
             logging.getLogger("equimd").warning(
-                "%s names no unit for %s: taken as eV, Å and fs; other units: UnitSpec", self.path, item.name
+                "%s names no unit for %s: taken as eV, Å, fs and u; other units: UnitSpec", self.path, item.name
             )
         return default
 
@@ -268,7 +269,7 @@ class H5MDReader:
         return dtype.kind not in "iu" or h5py.check_enum_dtype(dtype) is not None
 
 
-def _value(item: Any) -> h5py.Dataset:
+def _value(item: Any) -> Any:
     return item["value"] if isinstance(item, h5py.Group) else item
 
 

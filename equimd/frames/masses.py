@@ -3,7 +3,7 @@
 import numpy as np
 from ase.data import atomic_masses, chemical_symbols
 
-# Lightest and heaviest nuclide of each element from hydrogen on that is stable, found in nature or kept in a laboratory.
+# Lightest and heaviest nuclide of each element, from hydrogen on, that is stable, natural or kept in laboratories.
 _NUCLIDES = """
 1-3 3-4 6-7 7-10 10-11 11-14 13-15 15-18 18-19 20-22 22-24 24-28 26-27 28-32 31-33 32-36 35-37 36-42 39-43 40-48
 44-48 44-50 48-51 50-54 52-55 54-60 55-60 56-66 62-67 64-72 66-72 68-76 71-77 72-82 76-82 76-86 82-87 82-90 86-91

@@ -8,6 +8,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from equimd import origin
 from equimd.errors import InputError
 from equimd.frames.topology import Topology, topology_of
 
@@ -75,4 +76,6 @@ def _drop_box(atoms: Atoms) -> None:
     atoms.pbc = False
     atoms.set_cell(None, apply_constraint=False)
     if atoms.calc is not None:
+        by = origin.predicted_by(atoms)
         atoms.calc = SinglePointCalculator(atoms, **results)
+        origin.mark(atoms, by)

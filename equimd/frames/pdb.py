@@ -129,8 +129,8 @@ class PdbTrajectory:
             site, symbol = sites[atom], symbols[atom]
             what = f"has the element {symbol!r}" if symbol else "has no element in columns 77-78"
             raise InputError(
-                f"{where}: atom {atom} ({site.name} of {site.residue} {site.number}) {what}; accepted: a chemical symbol"
-                " there, or topology=... with the elements"
+                f"{where}: atom {atom} ({site.name} of {site.residue} {site.number}) {what}; accepted: a chemical"
+                " symbol there, or topology=... with the elements"
             )
         array = np.array(numbers, dtype=np.int64)
         return Topology(array, where, masses_of_symbols(symbols, array), sites)

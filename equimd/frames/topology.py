@@ -115,7 +115,7 @@ def load_with_mdtraj(path: Path) -> Topology:
 def with_masses(atoms: Atoms, masses: np.ndarray | None) -> Atoms:
     """The frame, with masses (u) if there are any that are not those of its elements."""
     if masses is not None and not np.array_equal(masses, atomic_masses[atoms.numbers]):
-        atoms.set_masses(masses)
+        atoms.set_masses(masses)  # pyright: ignore
     return atoms
 
 
