@@ -176,18 +176,24 @@ def decode_info(text: str) -> dict[str, Any]:
 
 
 def _comes_back(key: Any, value: Any) -> bool:
-    """Whether JSON returns the very value, of the same type."""
+    """Whether JSON returns the very value; tuples may become lists."""
     if not isinstance(key, str) or key.isdigit():
         return False
     try:
-        back = decode_info(encode({key: value}))[key]
+        return _equal(decode_info(encode({key: value}))[key], value)
     except Exception:  # whatever JSON cannot hold
         return False
-    if isinstance(value, np.generic):
-        return _same(np.asarray(value), np.asarray(back))
-    return type(back) is type(value) and (
-        _same(back, value) if isinstance(value, np.ndarray) else repr(back) == repr(value)
-    )
+
+
+def _equal(back: Any, value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(back, dict) and back.keys() == value.keys() and all(_equal(back[k], value[k]) for k in value)
+    if isinstance(value, list | tuple):
+        pairs = zip(back, value, strict=True)
+        return isinstance(back, list) and len(back) == len(value) and all(_equal(*pair) for pair in pairs)
+    if isinstance(value, np.ndarray | np.generic):
+        return _same(back, value)
+    return type(back) is type(value) and repr(back) == repr(value)
 
 
 def _same(one: Any, other: Any) -> bool:

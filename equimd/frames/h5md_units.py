@@ -10,7 +10,7 @@ _BASES |= {"fs": 1.0, "ps": 1000.0, "ns": 1e6, "us": 1e9, "s": 1e15, "sec": 1e15
 _BASES |= {"ev": 1.0, "mev": 1e-3, "hartree": units.HARTREE, "ha": units.HARTREE, "eh": units.HARTREE}
 _BASES |= {"kj": units.KJ_PER_MOL, "kcal": units.KCAL_PER_MOL, "mol": 1.0, "j": _JOULE}
 _BASES |= {"n": _JOULE * 1e-10, "newton": _JOULE * 1e-10, "gpa": units.GPA, "kbar": units.KBAR, "bar": units.BAR}
-_BASES |= {"k": 1.0, "u": 1.0, "amu": 1.0, "da": 1.0, "dalton": 1.0, "g": 1.0}  # g stands before mol-1
+_BASES |= {"k": 1.0, "u": 1.0, "amu": 1.0, "da": 1.0, "dalton": 1.0, "g": 1.0, "kg": 1000.0}  # g before mol-1
 
 
 def unit_factor(text: str, where: str) -> float:

@@ -31,7 +31,7 @@ class PdbTrajectory:
 
     def __init__(self, path: Path, topology: Topology | None = None):
         self.path, self._topology = path, topology
-        self._noticed = False
+        self._noticed: set[str] = set()
 
     def count(self) -> int:
         """Number of models."""
@@ -72,7 +72,7 @@ class PdbTrajectory:
     def _models(self) -> Iterator[tuple[list[str], np.ndarray | None, float | None]]:
         """Lines of the atoms, cell (3, 3) and time (ps) of each model."""
         lines: list[str] = []
-        box, time = None, None
+        box, time, n_boxes, n_models = None, None, 0, 0
         with _open(self.path) as stream:
             try:
                 for line in stream:
@@ -80,12 +80,14 @@ class PdbTrajectory:
                     if record in _ATOMS:
                         lines.append(line.rstrip("\n"))
                     elif record == "CRYST1":
-                        box = self._box(line)
+                        box, n_boxes = self._box(line), n_boxes + 1
                     elif record == "TITLE " and (found := _TIME.search(line)):
                         time = float(found[1])
                     elif record.rstrip() in ("END", "ENDMDL", "MODEL") and lines:
                         yield self._first_locations(lines), box, time
-                        lines, time = [], None
+                        lines, time, n_models = [], None, n_models + 1
+                        if n_models == 2 and n_boxes == 1 and box is not None:
+                            self._notice("names its box once: it is taken for every model")
             except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
                 raise InputError(f"{self.path}: cannot be read ({error}); accepted: a whole PDB file") from error
         if lines:
@@ -103,9 +105,7 @@ class PdbTrajectory:
         """The atoms without alternate locations, and of those with them the first location of each residue."""
         if all(line[16:17] in " " for line in lines):
             return lines
-        if not self._noticed:
-            self._noticed = True
-            logging.getLogger("equimd").warning("%s has alternate locations: the first is taken", self.path)
+        self._notice("has alternate locations: the first of each residue is taken")
         first: dict[str, str] = {}
         kept = []
         for line in lines:
@@ -113,6 +113,11 @@ class PdbTrajectory:
             if not location or first.setdefault(line[21:27], location) == location:
                 kept.append(line)
         return kept
+
+    def _notice(self, what: str) -> None:
+        if what not in self._noticed:
+            self._noticed.add(what)
+            logging.getLogger("equimd").warning("%s %s", self.path, what)
 
     def _read_topology(self, lines: list[str], where: str) -> Topology:
         sites = [_site(line) for line in lines]
