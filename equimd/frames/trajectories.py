@@ -170,8 +170,13 @@ class MdtrajTrajectory:
 
 
 def default_box(atoms: Atoms) -> str | None:
-    """What to say of a frame in the box that OpenMM gives to a system without one; None for other boxes."""
-    if "lossy" not in atoms.info or not np.allclose(atoms.cell.array, _DEFAULT_BOX, rtol=0, atol=1e-4):
+    """What to say of a frame in the box that OpenMM gives to a system without one; None for other boxes.
+
+    GRO is GROMACS's, which knows no such box.
+    """
+    if str(atoms.info.get("lossy", "gro")).startswith("gro") or not np.allclose(
+        atoms.cell.array, _DEFAULT_BOX, rtol=0, atol=1e-4
+    ):
         return None
     return (
         "the box is 20 Å × 20 Å × 20 Å, which OpenMM's reporters write for a run without a box too; if there was none,"

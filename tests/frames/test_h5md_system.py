@@ -1,4 +1,4 @@
-"""What a run is, besides positions, comes back from H5MD: masses, constraints, tags, info, cell; or the file says so."""
+"""What a run is besides positions comes back from H5MD (masses, constraints, tags, info, cell), or the file says so."""
 
 import h5py
 import numpy as np
