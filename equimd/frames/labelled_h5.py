@@ -155,7 +155,9 @@ class LabelledH5:
         shape = found["positions"].shape
         if len(shape) not in (2, 3) or shape[-1] != 3:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
-        found |= {values.name.rsplit("/", 1)[-1]: values for values in _named(group, _STATES)}
+        of_frames = ((), (1,), shape[:1], (*shape[:1], 1)) if len(shape) == 3 else ((), (1,))  # others are of atoms
+        states = [values for values in _named(group, _STATES) if values.shape in of_frames]
+        found |= {values.name.rsplit("/", 1)[-1]: values for values in states}
         return {name: self._column(name, values, shape) for name, values in found.items() if values is not None}
 
     def _refuse_several(self, group: Any, stored: list[Any], name: str) -> NoReturn:
