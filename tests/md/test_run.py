@@ -377,3 +377,22 @@ def test_a_single_atom(ensemble):
     assert len(frames) == 21
     assert np.isfinite(frames[-1].positions).all()
     assert frames[-1].positions.any() == (ensemble == "nvt")  # without a thermostat its centre of mass rests
+
+
+@pytest.mark.parametrize("ensemble", ["nve", "nvt"])
+def test_a_run_comes_back_with_its_masses_and_constraints(tmp_path, ensemble):
+    from ase.constraints import FixAtoms
+
+    atoms = copper()
+    atoms.set_masses([65.0] * len(atoms))
+    atoms.set_constraint(FixAtoms([0, 3]))
+    atoms.set_tags(range(len(atoms)))
+    atoms.info["lossy"] = "of the file that it starts from"
+    run_md(atoms, EMT(), settings(ensemble), tmp_path / "a.h5")
+    last = read_list(tmp_path / "a.h5")[-1]
+    assert last.get_masses().tolist() == [65.0] * len(atoms)
+    assert last.constraints[0].index.tolist() == [0, 3]
+    assert last.get_tags().tolist() == list(range(len(atoms)))
+    assert "lossy" not in last.info
+    np.testing.assert_array_equal(last.positions[[0, 3]], atoms.positions[[0, 3]])
+    run_md(atoms, EMT(), settings(ensemble, steps=90), tmp_path / "a.h5", resume=True)  # the same system still
