@@ -209,12 +209,12 @@ def gro(atoms: Atoms, box: str, title: str = "water", velocity: float | None = N
 
 def test_gro_has_frames_boxes_velocities_and_times(tmp_path):
     atoms = waters()
-    triclinic = "0.90000 0.80000 0.70000 0.00000 0.00000 0.10000 0.00000 0.20000 0.30000"
+    triclinic = "0.90000 0.80000 0.70000 0.01000 0.02000 0.10000 0.03000 0.20000 0.30000"
     text = gro(atoms, triclinic, "water t= 0.00000 step= 0", 0.25) + gro(atoms, "1.0 1.1 1.2", "t=   2.5", -0.5)
     (tmp_path / "a.gro").write_text(text + "\n")
     frames = read_list(tmp_path / "a.gro")
     assert len(frames) == len(read_frames(tmp_path / "a.gro")) == 2
-    np.testing.assert_allclose(frames[0].cell.array, [[9, 0, 0], [1, 8, 0], [2, 3, 7]], atol=1e-12)
+    np.testing.assert_allclose(frames[0].cell.array, [[9, 0.1, 0.2], [1, 8, 0.3], [2, 3, 7]], atol=1e-12)
     np.testing.assert_allclose(frames[1].cell.lengths(), [10, 11, 12])
     np.testing.assert_allclose(frames[1].positions, atoms.positions, atol=5.1e-3)
     speeds = [frame.get_velocities()[0, 0] / ASE_TIME_FS for frame in frames]
