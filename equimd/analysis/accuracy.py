@@ -15,6 +15,7 @@ from equimd.analysis.inputs import (
     Progress,
     checked_frames,
     level_in_words,
+    lossy_of,
     reference_labels,
     unused_predictions,
 )
@@ -36,6 +37,7 @@ class AccuracyResult(Result):
     n_energies, n_forces, n_stresses: frames that carried the label. energy_shift_per_atom: mean of predicted minus
     labelled energy per atom, eV. force_per_element: by symbol. force_label_rms: RMS of the labels, the scale of force.
     other_level: in words, if the reference is another level of theory than that of the potential's training.
+    lossy: how the format of the frames rounded positions; null if it did not.
     """
 
     name: str
@@ -53,6 +55,7 @@ class AccuracyResult(Result):
     force_per_element: dict[str, Errors]
     force_label_rms: Number
     other_level: str | None = None
+    lossy: str | None = None
     provenance: Provenance
 
 
@@ -97,7 +100,7 @@ def evaluate_accuracy(
         [stress for part in parts for stress in part.stresses],
     )
     result = _summarise(force_field.name, force_field.device, force_field.dtype, listed, labels, predicted)
-    return result.model_copy(update={"other_level": level_in_words(force_field, reference)})
+    return result.model_copy(update={"other_level": level_in_words(force_field, reference), "lossy": lossy_of(listed)})
 
 
 def _summarise(

@@ -32,6 +32,7 @@ from equimd.analysis.inputs import (
     Progress,
     checked_frames,
     level_in_words,
+    lossy_of,
     reference_labels,
     unused_predictions,
 )
@@ -163,6 +164,7 @@ def equivariance_error(
         degree_check=check,
         per_frame=_per_frame(spreads),
         other_level=level_in_words(force_field, reference),
+        lossy=lossy_of(listed),
         provenance=provenance(),
     )
 

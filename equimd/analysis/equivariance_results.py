@@ -106,6 +106,7 @@ class EquivarianceResult(Result):
     """Equivariance error of a force field over frames.
 
     other_level: in words, if the reference is another level of theory than that of the potential's training.
+    lossy: how the format of the frames rounded positions; null if it did not.
     """
 
     name: str
@@ -120,4 +121,5 @@ class EquivarianceResult(Result):
     degree_check: DegreeCheck | None
     per_frame: PerFrame
     other_level: str | None = None
+    lossy: str | None = None
     provenance: Provenance

@@ -115,6 +115,11 @@ def unused_predictions(structures: list[Atoms], source: LabelSource) -> str | No
     )
 
 
+def lossy_of(structures: list[Atoms]) -> str | None:
+    """How the format of the frames has rounded them (``info["lossy"]``); None if nothing says so."""
+    return next((str(frame.info["lossy"]) for frame in structures if frame.info.get("lossy")), None)
+
+
 def _finite(value: Any) -> np.ndarray | None:
     if value is None:
         return None

@@ -36,7 +36,15 @@ Threads = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
-Topology = Annotated[Path | None, typer.Option(help="A file with the elements, for DCD, XTC and TRR.")]
+Topology = Annotated[
+    Path | None,
+    typer.Option(help="A file with elements and names of atoms, for formats without: DCD, XTC, TRR, Amber's, …."),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(metavar="ATOMS", help="Keep these atoms, in mdtraj's selection language: 'not water', 'resname LIG'."),
+]
+NoPbc = Annotated[bool, typer.Option("--no-pbc", help="Drop the box, if the file names one that there was not.")]
 AcceptPredictions = Annotated[
     bool,
     typer.Option("--accept-predictions", help="Take results that a potential stored in the frames for labels."),
@@ -79,8 +87,10 @@ def open_frames(
     keys: list[str] | None,
     stride: int = 1,
     finite: bool = True,
+    select: str | None = None,
+    no_pbc: bool = False,
 ) -> "Frames":
-    """Frames of a file with what the command line says of its units and keys."""
+    """Frames of a file with what the command line says of its units, keys, atoms and box."""
     from equimd.frames import LabelKeys, UnitSpec, read_frames
 
     spec = UnitSpec(**_pairs("--unit", units, UnitSpec)) if units else None
@@ -88,7 +98,8 @@ def open_frames(
     if "stress_sign" in named:
         named["stress_sign"] = {"1": 1, "-1": -1}.get(named["stress_sign"], named["stress_sign"])
     names = LabelKeys(**named) if keys else None
-    return read_frames(path, topology=topology, units=spec, keys=names, stride=stride, finite=finite)
+    given: dict[str, Any] = {"topology": topology, "units": spec, "keys": names, "select": select}
+    return read_frames(path, **given, stride=stride, finite=finite, pbc=False if no_pbc else None)
 
 
 def _pairs(option: str, texts: list[str] | None, target: type) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def _pairs(option: str, texts: list[str] | None, target: type) -> dict[str, Any]
     return pairs
 
 
-def read_structure(name: str) -> Any:
+def read_structure(name: str, select: str | None = None, no_pbc: bool = False) -> Any:
     """The first structure of a file, or the ``start.xyz`` of a potential that has this name."""
     path = Path(name)
     if not path.exists():
@@ -111,7 +122,7 @@ def read_structure(name: str) -> Any:
 
         if name in list_potentials():
             path = find_potential(name) / "start.xyz"
-    return next(iter(open_frames(path, None, None, None)))
+    return next(iter(open_frames(path, None, None, None, select=select, no_pbc=no_pbc)))
 
 
 def check_json(target: str | None) -> None:

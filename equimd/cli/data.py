@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equimd.cli.common import Json, Keys, Topology, Units, check_json, emit, grid, number, open_frames, progress
+from equimd.cli.common import (
+    Json,
+    Keys,
+    NoPbc,
+    Select,
+    Topology,
+    Units,
+    check_json,
+    emit,
+    grid,
+    number,
+    open_frames,
+    progress,
+)
 from equimd.errors import FailedError
 
 if TYPE_CHECKING:
@@ -26,6 +39,8 @@ def inspect(
         list[Path], typer.Argument(metavar="FILE...", help="Frames in any format that is read; training set first.")
     ],
     topology: Topology = None,
+    select: Select = None,
+    no_pbc: NoPbc = False,
     unit: Units = None,
     key: Keys = None,
     cutoff: Annotated[float, typer.Option(help="Of the neighbours that are counted, in Å.")] = 5.0,
@@ -39,7 +54,7 @@ def inspect(
 
     if figure is not None:
         check_figure(figure)
-    opened = [open_frames(file, topology, unit, key, finite=False) for file in files]
+    opened = [open_frames(file, topology, unit, key, finite=False, select=select, no_pbc=no_pbc) for file in files]
     failure: FailedError | None = None
 
     def draw(names: Any, surveys: Any) -> None:
@@ -111,6 +126,7 @@ def _rows(one: "Inspection") -> list[tuple[str, str, str]]:
         rows += [("", f"frame {frame}", what) for frame, what in one.not_finite[:5]]
     if one.n_net_force:
         rows.append(("Net force", f"{one.n_net_force:,}", "molecules whose forces do not add up to zero"))
+    rows += [("Lossy", one.lossy, "")] if one.lossy else []
     return rows + [("Warning", text, "") for text in one.warnings]
 
 

@@ -10,9 +10,11 @@ from equimd.cli.common import (
     Device,
     Dtype,
     Json,
+    NoPbc,
     OtherLevel,
     PotentialName,
     Seed,
+    Select,
     Stride,
     Symmetrize,
     Topology,
@@ -40,6 +42,8 @@ def equivariance(
     other_level: OtherLevel = False,
     stride: Stride = 1,
     topology: Topology = None,
+    select: Select = None,
+    no_pbc: NoPbc = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
@@ -47,7 +51,7 @@ def equivariance(
 ) -> None:
     """Force-equivariance error along a trajectory, its noise floor, and its share of the loss."""
     check_json(json)
-    frames = list(open_frames(trajectory, topology, None, None, stride))
+    frames = list(open_frames(trajectory, topology, None, None, stride, select=select, no_pbc=no_pbc))
     calculator = make_calculator(potential, device, dtype, symmetrize)
     from equimd.analysis.equivariance import equivariance_error
 
@@ -86,6 +90,8 @@ def equivariance(
                 ),
             ]
         rows.append(("Verdict", judge(result).text, ""))
+        if result.lossy is not None:
+            rows.append(("Lossy", result.lossy, ""))
         if result.other_level is not None:
             rows.append(("Another level of theory", result.other_level, ""))
         title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"

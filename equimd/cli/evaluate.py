@@ -11,8 +11,10 @@ from equimd.cli.common import (
     Dtype,
     Json,
     Keys,
+    NoPbc,
     OtherLevel,
     PotentialName,
+    Select,
     Stride,
     Symmetrize,
     Topology,
@@ -35,6 +37,8 @@ def evaluate(
     accept_predictions: AcceptPredictions = False,
     other_level: OtherLevel = False,
     topology: Topology = None,
+    select: Select = None,
+    no_pbc: NoPbc = False,
     unit: Units = None,
     key: Keys = None,
     device: Device = "auto",
@@ -44,7 +48,7 @@ def evaluate(
 ) -> None:
     """Errors of energies, forces and stress against the labels of a data set."""
     check_json(json)
-    frames = list(open_frames(dataset, topology, unit, key, stride))
+    frames = list(open_frames(dataset, topology, unit, key, stride, select=select, no_pbc=no_pbc))
     calculator = make_calculator(potential, device, dtype, symmetrize)
     from equimd.analysis.accuracy import evaluate_accuracy
 
@@ -70,6 +74,8 @@ def evaluate(
             if errors is not None:
                 rows += [(f"{name}, MAE", number(errors.mae, factor), its_unit)]
                 rows += [(f"{name}, RMSE", number(errors.rmse, factor), its_unit)]
+        if result.lossy is not None:
+            rows.append(("Lossy", result.lossy, ""))
         if result.other_level is not None:
             rows.append(("Another level of theory", result.other_level, ""))
         return grid(f"{result.name} on {result.n_frames} frames of {dataset}", rows)

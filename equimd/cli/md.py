@@ -9,8 +9,10 @@ from equimd.cli.common import (
     Device,
     Dtype,
     Json,
+    NoPbc,
     PotentialName,
     Seed,
+    Select,
     StructureName,
     Symmetrize,
     Threads,
@@ -40,6 +42,8 @@ def md(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the output.")] = False,
+    select: Select = None,
+    no_pbc: NoPbc = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
@@ -63,7 +67,7 @@ def md(
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
-    atoms = read_structure(structure)
+    atoms = read_structure(structure, select, no_pbc)
     calculator = make_calculator(potential, device, dtype, symmetrize)
     with cpu_threads(threads, len(atoms)), progress() as bar:
         result = run_md(atoms, calculator, settings, output, resume=resume, progress=bar.named("steps"))

@@ -8,7 +8,9 @@ from equimd.cli.common import (
     Device,
     Dtype,
     Json,
+    NoPbc,
     PotentialName,
+    Select,
     StructureName,
     Symmetrize,
     Threads,
@@ -29,6 +31,8 @@ def throughput(
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
     block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
     profile: Annotated[bool, typer.Option(help="Show which parts of an evaluation take how long.")] = False,
+    select: Select = None,
+    no_pbc: NoPbc = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     symmetrize: Symmetrize = None,
@@ -37,7 +41,7 @@ def throughput(
 ) -> None:
     """Time of an evaluation and of an MD step, ns per day, memory."""
     check_json(json)
-    atoms = read_structure(structure)
+    atoms = read_structure(structure, select, no_pbc)
     calculator = make_calculator(potential, device, dtype, symmetrize)
     from equimd.analysis.throughput import TimingSettings, measure_throughput
 

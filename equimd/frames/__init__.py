@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from equimd.frames.checks import check_plausible, check_structure
 from equimd.frames.labels import LabelKeys, UnitSpec, labels_of, require_labels, strip_labels
-from equimd.frames.reading import Frames, PlausibilityWarning, read_frames, read_list
+from equimd.frames.reading import Frames, LossyWarning, PlausibilityWarning, read_frames, read_list
 from equimd.frames.writing import write_frames
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ __all__ = [
     "Frames",
     "H5MDWriter",
     "LabelKeys",
+    "LossyWarning",
     "PlausibilityWarning",
     "UnitSpec",
     "check_plausible",

@@ -1,8 +1,10 @@
 """H5MD 1.1 (de Buyl, Colberg, Höfling, Comput. Phys. Commun. 185, 1546 (2014); https://h5md.nongnu.org): the writer.
 
-`particles/all` holds position (Å), velocity (Å/fs), force (eV/Å), mass, species (atomic numbers) and box (3×3 edges,
-rows are lattice vectors); `observables` holds potential_energy, kinetic_energy (eV), temperature (K) and stress
-(eV/Å³, tension positive). Every value and time carries a `unit` attribute, as the `units` module asks.
+`particles/all` holds position (Å), velocity (Å/fs), force (kJ/mol/Å), mass, species (atomic numbers) and box (3×3
+edges, rows are lattice vectors; none without periodicity, so that no reader takes it for periodic); `observables` holds
+potential_energy, kinetic_energy (eV), temperature (K) and stress (eV/Å³, tension positive). `parameters/equimd` holds
+the rest (see `h5md_extras`). Every value and time carries a `unit` attribute, as the `units` module asks; forces are in
+kJ/mol/Å, the one spelling with Å that MDAnalysis knows: `MDAnalysis.Universe("start.xyz", "run.h5", format="H5MD")`.
 """
 
 from importlib import metadata
@@ -15,6 +17,8 @@ from ase import Atoms
 
 from equimd import origin, units
 from equimd.errors import InputError
+from equimd.frames.h5md_extras import CELL, INFO, System, read_system, system_of, update_system, write_system
+from equimd.frames.h5md_units import unit_factor
 from equimd.frames.labels import labels_of
 from equimd.frames.transaction import recover, transaction
 
@@ -33,7 +37,7 @@ class Element(NamedTuple):
 ELEMENTS = {
     "position": Element(f"{GROUP}/position", "Angstrom", (-1, 3)),
     "velocity": Element(f"{GROUP}/velocity", "Angstrom fs-1", (-1, 3)),
-    "force": Element(f"{GROUP}/force", "eV Angstrom-1", (-1, 3)),
+    "force": Element(f"{GROUP}/force", "kJ mol-1 Angstrom-1", (-1, 3)),
     "edges": Element(f"{GROUP}/box/edges", "Angstrom", (3, 3)),
     "potential_energy": Element("observables/potential_energy", "eV", ()),
     "kinetic_energy": Element("observables/kinetic_energy", "eV", ()),
@@ -42,6 +46,8 @@ ELEMENTS = {
 }
 
 
+# Molecules may have a cell, but readers such as MDAnalysis take any box for a periodic one.
+_MOLECULE_CELL = Element(CELL, "Angstrom", (3, 3))
 _FIRST = ELEMENTS["position"].path
 _TIMES = (f"{_FIRST}/step", f"{_FIRST}/time")
 
@@ -51,7 +57,8 @@ class H5MDWriter:
 
     Frames gather in memory until `flush`, which opens the file, appends them in one transaction and closes it: what was
     flushed is safe, what was not is lost. A flush cut short by a kill is finished by the next reader or writer of
-    equimd (see `equimd.frames.transaction`). Quantities that a frame lacks are stored as NaN.
+    equimd (see `equimd.frames.transaction`). Quantities that a frame lacks are stored as NaN; what the format cannot
+    hold is named in the file, and in a `NotStoredWarning`.
     """
 
     def __init__(self, path: str | Path, *, append: bool = False, creator: str = "equimd"):
@@ -68,8 +75,8 @@ class H5MDWriter:
                 f" accepted: {'a new file, or append=True' if not append else 'an existing file'}"
             )
         self._creator = creator
-        self._frames: list[tuple[int, float, dict[str, np.ndarray]]] = []
-        self._system: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._frames: list[tuple[int, float, dict[str, np.ndarray], str]] = []
+        self._system: System | None = None
         self._origin: str | None = None
         self.n_frames = 0
         if append:
@@ -78,21 +85,21 @@ class H5MDWriter:
                 boundary = [
                     _text(name) == "periodic" for name in np.asarray(_group(file, GROUP + "/box").attrs["boundary"])
                 ]
-                species = _dataset(file, GROUP + "/species")[()]
-                self._system = (species, np.array(boundary), _dataset(file, GROUP + "/mass")[()])
+                species, mass = (_dataset(file, f"{GROUP}/{name}")[()] for name in ("species", "mass"))
+                self._system = read_system(file, species, boundary, mass)
                 self._origin = file[GROUP].attrs.get(origin.KEY)
 
     def append(self, atoms: Atoms, *, step: int, time_fs: float, temperature_K: float | None = None) -> None:
-        """Add a frame: positions, momenta, cell, and the labels its calculator holds.
+        """Add a frame: positions, momenta, cell, `info`, and the labels its calculator holds.
 
         Raises:
-            InputError: if elements, periodicity or who made the results differ from those of the first frame.
+            InputError: if elements, periodicity, masses, tags, initial charges or magnetic moments, constraints, or who
+                made the results differ from those of the first frame.
         """
-        system = (atoms.numbers.copy(), np.array(atoms.pbc), atoms.get_masses())
+        system = system_of(atoms)
         if self._system is None:
             self._system = system
-        elif not all(np.array_equal(new, old) for new, old in zip(system[:2], self._system[:2], strict=True)):
-            raise InputError(f"{self.path}: the frame at step {step} has other atoms or another pbc than the first")
+        info = self._system.take(system, f"{self.path}: the frame at step {step}")
         labels = labels_of(atoms)
         if any(value is not None for value in labels.values()):
             self._note_origin(origin.predicted_by(atoms), step)
@@ -108,7 +115,7 @@ class H5MDWriter:
             "stress": labels["stress"],
         }
         full = {name: np.array(nan if value is None else value, dtype=np.float64) for name, value in values.items()}
-        self._frames.append((step, time_fs, full))
+        self._frames.append((step, time_fs, full, info))
         self.n_frames += 1
 
     def _note_origin(self, by: str | None, step: int) -> None:
@@ -127,7 +134,8 @@ class H5MDWriter:
             new = overlay.size == 0
             with h5py.File(overlay, "w" if new else "r+", libver=("v110", "v110")) as file:
                 if new:
-                    self._create(file, *self._system)
+                    self._create(file, self._system)
+                update_system(file, self._system, str(self.path))
                 self._extend(file)
         self._frames.clear()
 
@@ -144,8 +152,10 @@ class H5MDWriter:
                 raise InputError(
                     f"{self.path} holds {held} frames; accepted: {n_frames} or more, as its checkpoint says"
                 )
-            for path in _TIMES + tuple(f"{element.path}/value" for element in ELEMENTS.values()):
-                _dataset(file, path).resize(n_frames, axis=0)
+            values = [f"{element.path}/value" for element in (*ELEMENTS.values(), _MOLECULE_CELL)]
+            for path in (*_TIMES, INFO, *values):
+                if path in file:
+                    _dataset(file, path).resize(n_frames, axis=0)
         self.n_frames = n_frames
 
     def __enter__(self) -> "H5MDWriter":
@@ -154,7 +164,7 @@ class H5MDWriter:
     def __exit__(self, *_: object) -> None:
         self.flush()
 
-    def _create(self, file: h5py.File, numbers: np.ndarray, pbc: np.ndarray, masses: np.ndarray) -> None:
+    def _create(self, file: h5py.File, system: System) -> None:
         file.create_group("h5md").attrs["version"] = np.array([1, 1])
         file.create_group("h5md/author").attrs["name"] = "unknown"
         creator = file.create_group("h5md/creator")
@@ -162,12 +172,14 @@ class H5MDWriter:
         file.create_group("h5md/modules/units").attrs["version"] = np.array([1, 0])
         box = file.create_group(f"{GROUP}/box")
         box.attrs["dimension"] = 3
-        box.attrs["boundary"] = ["periodic" if periodic else "none" for periodic in pbc]
-        file[f"{GROUP}/species"] = numbers.astype(np.int32)
-        file[f"{GROUP}/mass"] = masses
+        box.attrs["boundary"] = ["periodic" if periodic else "none" for periodic in system.pbc]
+        file[f"{GROUP}/species"] = system.numbers.astype(np.int32)
+        file[f"{GROUP}/mass"] = system.masses
         file[f"{GROUP}/mass"].attrs["unit"] = "u"
-        for element in ELEMENTS.values():
-            shape = tuple(len(numbers) if n < 0 else n for n in element.shape)
+        write_system(file, system)
+        elements = ELEMENTS if system.pbc.any() else ELEMENTS | {"edges": _MOLECULE_CELL}
+        for element in elements.values():
+            shape = tuple(len(system.numbers) if n < 0 else n for n in element.shape)
             chunk = max(1, _CHUNK_BYTES // (8 * int(np.prod(shape, dtype=int) or 1)))
             group = file.create_group(element.path)
             value = group.create_dataset(
@@ -183,11 +195,16 @@ class H5MDWriter:
     def _extend(self, file: h5py.File) -> None:
         if self._origin:
             file[GROUP].attrs[origin.KEY] = self._origin
-        steps, times, frames = zip(*self._frames, strict=True)
+        steps, times, frames, infos = zip(*self._frames, strict=True)
         columns = {_TIMES[0]: np.array(steps), _TIMES[1]: np.array(times)}
+        if INFO in file:
+            columns[INFO] = np.array(infos, dtype=object)
         for name, element in ELEMENTS.items():
-            shape = _dataset(file, element.path + "/value").shape[1:]
-            columns[element.path + "/value"] = np.stack([np.broadcast_to(frame[name], shape) for frame in frames])
+            path = (element.path if element.path in file else _MOLECULE_CELL.path) + "/value"
+            values = _dataset(file, path)
+            factor = unit_factor(_text(values.attrs["unit"]), path)  # of eV/Å in files that equimd 0.1.0 began
+            rows = np.stack([np.broadcast_to(frame[name], values.shape[1:]) for frame in frames])
+            columns[path] = rows if factor == 1.0 else rows / factor
         for path, data in columns.items():
             dataset = _dataset(file, path)
             start = dataset.shape[0]

@@ -1,4 +1,4 @@
-"""Reads H5MD 1.1 files, ours and the basic layout of others: positions, box, species, velocities, forces, energies."""
+"""Reads H5MD 1.1 files, ours and the basic layout of others: positions, box, elements, masses, velocities, labels."""
 
 import logging
 from collections.abc import Iterator
@@ -14,15 +14,14 @@ from ase.data import atomic_masses, atomic_numbers
 
 from equimd import origin, units
 from equimd.errors import InputError
+from equimd.frames.h5md_extras import CELL, INFO, decode_info, read_system, template
+from equimd.frames.h5md_units import unit_factor
 from equimd.frames.labels import UnitSpec, not_finite, to_voigt
+from equimd.frames.masses import wrong_mass_text
+from equimd.frames.topology import Topology
 from equimd.frames.transaction import recover
 
 FRAMES_PER_CHUNK = 100
-_BASES = {"angstrom": 1.0, "a": 1.0, "å": 1.0, "nm": units.NM, "pm": 0.01, "bohr": units.BOHR}
-_BASES |= {"fs": 1.0, "ps": 1000.0, "ns": 1e6, "ev": 1.0, "mev": 1e-3, "hartree": units.HARTREE, "k": 1.0, "u": 1.0}
-_BASES |= {"bohrs": units.BOHR, "ang": 1.0, "angstroms": 1.0, "ha": units.HARTREE}
-_BASES |= {"eh": units.HARTREE, "kj": units.KJ_PER_MOL, "kcal": units.KCAL_PER_MOL, "mol": 1.0, "amu": 1.0}
-_BASES |= {"gpa": units.GPA, "kbar": units.KBAR, "bar": units.BAR}
 
 
 @dataclass
@@ -50,16 +49,17 @@ class _Series:
 class H5MDReader:
     """Reads one file chunk by chunk; holds it open only while iterating.
 
-    Units come from the file's `unit` attributes; without them, from `unit_spec`, or else eV, Å and fs with a notice.
-    Elements come from `numbers` if given, else from the file's species: names, an enumeration, or atomic numbers, which
-    must agree with the masses. A label that is NaN throughout is one that the frame has not; one that is not finite in
-    part is refused, or passed on without `finite`, but for a stress that is NaN in part.
+    Units come from the file's `unit` attributes; without them, from `unit_spec`, or else eV, Å, fs and u with a notice.
+    Elements come from `topology` if given, else from the file's species: names, an enumeration, or atomic numbers,
+    which must agree with the masses. Frames have the masses, constraints and `info` that the file holds. A label that
+    is NaN throughout is one that the frame has not; one that is not finite in part is refused, or passed on without
+    `finite`, but for a stress that is NaN in part.
     """
 
     def __init__(
-        self, path: Path, unit_spec: UnitSpec | None = None, numbers: np.ndarray | None = None, finite: bool = True
+        self, path: Path, unit_spec: UnitSpec | None = None, topology: Topology | None = None, finite: bool = True
     ):
-        self.path, self._units, self._numbers, self._finite = path, unit_spec, numbers, finite
+        self.path, self._units, self._topology, self._finite = path, unit_spec, topology, finite
         self._noticed = False
 
     def count(self) -> int:
@@ -71,7 +71,8 @@ class H5MDReader:
         """Frames with velocities, labels, and `info` keys `step` and `time_fs`.
 
         Raises:
-            InputError: if positions or species are missing or make no sense, or a unit is not known.
+            InputError: if positions or species are missing or make no sense, masses are not those of the elements, or a
+                unit is not known.
         """
         with self._open() as file:
             group: Any = file[self._group(file)]
@@ -86,6 +87,8 @@ class H5MDReader:
             ):
                 if (found := self._series(group, path, factor)) is not None:
                     series[name] = found
+            if (cell := self._series(file, CELL, 1.0)) is not None:
+                series["edges"] = cell
             for name, factor in (("potential_energy", "energy_factor"), ("stress", "stress_factor")):
                 for parent in ("observables/" + str(group.name).rsplit("/", 1)[-1], "observables"):
                     if parent in file and (
@@ -93,24 +96,29 @@ class H5MDReader:
                     ):
                         series[name] = found
                         break
-            yield from self._assemble(group, series)
+            yield from self._assemble(file, group, series)
 
-    def _assemble(self, group: h5py.Group, series: dict[str, _Series]) -> Iterator[Atoms]:
+    def _assemble(self, file: h5py.File, group: h5py.Group, series: dict[str, _Series]) -> Iterator[Atoms]:
         position = series["position"]
         assert position.steps is not None
-        numbers = self._elements(group, position.values.shape[1])
-        pbc = self._periodicity(group)
+        numbers, masses = self._system(group, position.values.shape[1])
+        shared = template(read_system(file, numbers, self._periodicity(group), masses), str(self.path))
+        infos: Any = file.get(INFO)
         steps, times = position.steps, position.times_fs
         by = group.attrs.get(origin.KEY)
         for start in range(0, len(steps), FRAMES_PER_CHUNK):
             window = slice(start, start + FRAMES_PER_CHUNK)
             values = {name: self._read(one, steps[window]) for name, one in series.items()}
+            texts = [""] * len(steps[window]) if infos is None else infos.asstr()[window]
             for k, step in enumerate(steps[window]):
                 frame: dict[str, Any] = {name: rows[k] for name, rows in values.items() if rows[k] is not None}
-                atoms = Atoms(numbers, positions=frame["position"], pbc=pbc)
+                atoms = shared.copy()
+                atoms.positions = frame["position"]
                 if "edges" in frame:
                     edges = frame["edges"]
-                    atoms.set_cell(edges if edges.ndim == 2 else np.diag(edges))
+                    atoms.set_cell(edges if edges.ndim == 2 else np.diag(edges), apply_constraint=False)
+                if texts[k]:
+                    atoms.info = decode_info(texts[k])
                 atoms.info["step"] = int(step)
                 if times is not None:
                     atoms.info["time_fs"] = float(times[start + k])
@@ -152,7 +160,7 @@ class H5MDReader:
         if self._units is None and not self._noticed:
             self._noticed = True
             logging.getLogger("equimd").warning(
-                "%s names no unit for %s: taken as eV, Å and fs; other units: UnitSpec", self.path, item.name
+                "%s names no unit for %s: taken as eV, Å, fs and u; other units: UnitSpec", self.path, item.name
             )
         return default
 
@@ -184,60 +192,97 @@ class H5MDReader:
         boundary = [_text(name) for name in np.atleast_1d(group["box"].attrs.get("boundary", ["none"] * 3))]
         return [name in ("periodic", "True", "1") for name in boundary]
 
-    def _elements(self, group: Any, n_atoms: int) -> np.ndarray:
-        if self._numbers is not None:
-            numbers = np.asarray(self._numbers)
+    def _system(self, group: Any, n_atoms: int) -> tuple[np.ndarray, np.ndarray]:
+        """Atomic numbers and masses (u) of N atoms."""
+        if self._topology is not None:
+            numbers = self._topology.numbers
         elif "species" in group:
             numbers = self._species(group["species"])
-            self._check_masses(group, numbers)
         else:
             raise InputError(
                 f"{self.path}: {group.name} has no species; accepted: a file with species, or topology=..."
             )
         if numbers.shape != (n_atoms,):
             raise InputError(f"{self.path}: {numbers.size} species for {n_atoms} atoms; accepted: one for each atom")
-        return numbers
+        if self._topology is not None and self._topology.masses is not None:
+            return numbers, self._topology.masses
+        if "mass" not in group:
+            if self._topology is None and not self._named(group) and _could_be_types(numbers):
+                what = f"species 1 to {numbers.max()} and no masses: type indices or atomic numbers?"
+                raise InputError(f"{self.path}: {what} accepted: species with names, or topology=... with the elements")
+            return numbers, atomic_masses[numbers]
+        masses = self._masses(group, numbers)
+        if self._topology is None and (text := wrong_mass_text(numbers, masses)) is not None:
+            raise InputError(
+                f"{self.path}: {text}: type indices, not atomic numbers, or masses changed on purpose; accepted:"
+                " topology=... with the elements, which takes these masses as they are"
+            )
+        return numbers, masses
+
+    def _masses(self, group: Any, numbers: np.ndarray) -> np.ndarray:
+        """Masses (u) of N atoms, stored once for all, by species, by atom, or by frame and atom."""
+        series = self._series(group, "mass", 1.0)
+        if series is None:
+            raise InputError(f"{self.path}: {group['mass'].name} has no value; accepted: an element of H5MD")
+        masses = np.asarray(series.values[()], dtype=np.float64) * series.factor
+        if masses.ndim == 2 and len(masses) and masses.shape[1] in (1, len(numbers)):
+            if (masses != masses[0]).any():
+                raise InputError(f"{self.path}: masses change along the trajectory; accepted: fixed ones")
+            masses = masses[0]
+        species, index = np.unique(numbers, return_inverse=True)
+        if masses.shape in ((), (1,)):
+            masses = np.broadcast_to(masses, numbers.shape)
+        elif masses.shape == species.shape and masses.shape != numbers.shape:
+            masses = masses[index]
+        if masses.shape != numbers.shape or not (np.isfinite(masses) & (masses > 0)).all():
+            raise InputError(
+                f"{self.path}: {group['mass'].name} has shape {series.values.shape}, for {len(numbers)} atoms, or"
+                " values that are not positive; accepted: a positive mass for each atom"
+            )
+        return np.array(masses)
 
     def _species(self, item: Any) -> np.ndarray:
-        if isinstance(item, h5py.Group):
-            series: Any = item["value"]
-            values, dtype = series[0], series.dtype
-        else:
-            values, dtype = item[()], item.dtype
+        values, dtype = _value(item)[()], _value(item).dtype
+        if isinstance(item, h5py.Group) and values.ndim == 2 and len(values):
+            if (values != values[0]).any():
+                raise InputError(f"{self.path}: species change along the trajectory; accepted: fixed ones")
+            values = values[0]
         enumeration = h5py.check_enum_dtype(dtype)
         if enumeration is not None:
             names = {number: name for name, number in enumeration.items()}
-            values = [names[int(value)] for value in values]
+            values = [names.get(int(value), str(value)) for value in values]
         elif dtype.kind in "iu":
             values = np.asarray(values, dtype=np.int64)
-            if values.min() < 1 or values.max() > 118:
+            if values.min(initial=1) < 1 or values.max(initial=1) > 118:
                 raise InputError(f"{self.path}: species {values.min()} to {values.max()}; accepted: atomic numbers")
             return values
         try:
-            return np.array([atomic_numbers[_text(value).capitalize()] for value in values])
+            return np.array([atomic_numbers[_text(value).strip().capitalize()] for value in np.ravel(values)])
         except KeyError as error:
             raise InputError(
                 f"{self.path}: species {error} is no element; accepted: symbols, or topology=..."
             ) from None
 
-    def _check_masses(self, group: Any, numbers: np.ndarray) -> None:
-        """Species of other programs may be mere type indices; masses tell."""
-        if "mass" not in group or not isinstance(group["mass"], h5py.Dataset):
-            return
-        masses = np.asarray(group["mass"][()], dtype=np.float64)
-        if masses.shape != numbers.shape:
-            return
-        wrong = np.flatnonzero((np.abs(masses / atomic_masses[numbers] - 1.0) > 0.2) & (numbers != 1))
-        if wrong.size:
-            raise InputError(
-                f"{self.path}: species {numbers[wrong[0]]} has mass {masses[wrong[0]]:.3g}: type indices,"
-                " not atomic numbers; accepted: topology=... with the elements"
-            )
+    def _named(self, group: Any) -> bool:
+        """Whether species are names and no integers."""
+        dtype = _value(group["species"]).dtype
+        return dtype.kind not in "iu" or h5py.check_enum_dtype(dtype) is not None
+
+
+def _value(item: Any) -> Any:
+    return item["value"] if isinstance(item, h5py.Group) else item
+
+
+def _could_be_types(numbers: np.ndarray) -> bool:
+    """Whether these are the integers from 1 on: H, He, Li, ... or the types 1, 2, 3, ... of a force field."""
+    kinds = np.unique(numbers)
+    return np.array_equal(kinds, np.arange(1, len(kinds) + 1))
 
 
 def _attach(atoms: Atoms, frame: dict[str, np.ndarray], where: str, finite: bool) -> None:
     if "velocity" in frame and np.isfinite(frame["velocity"]).all():
-        atoms.set_velocities(frame["velocity"] * units.ASE_TIME_FS)
+        momenta = frame["velocity"] * units.ASE_TIME_FS * atoms.get_masses()[:, None]
+        atoms.set_momenta(momenta, apply_constraint=False)
     labels = {"energy": frame.get("potential_energy"), "forces": frame.get("force"), "stress": frame.get("stress")}
     results: dict[str, Any] = {}
     for name, value in labels.items():
@@ -259,25 +304,6 @@ def _clock(item: Any, n: int) -> np.ndarray:
     if item.shape == ():
         return np.arange(n) * item[()] + item.attrs.get("offset", 0)
     return item[()]
-
-
-def unit_factor(text: str, where: str) -> float:
-    """The factor from a unit such as `kJ mol-1 nm-1` or `hartree/bohr` to equimd's.
-
-    Raises:
-        InputError: for a unit that is not known.
-    """
-    text, *divisors = text.replace("³", "3").split("/")
-    factor = 1.0
-    for divisor in divisors:
-        factor /= unit_factor(divisor, where)
-    for token in text.replace("**", "").replace("^", "").replace("*", " ").split():
-        base = token.rstrip("+-0123456789")
-        exponent = token[len(base) :] or "1"
-        if base.lower() not in _BASES or exponent in ("+", "-", "0"):
-            raise InputError(f"{where} has unit {text!r}; accepted: products of {', '.join(_BASES)}")
-        factor *= _BASES[base.lower()] ** int(exponent)
-    return factor
 
 
 def _text(value: Any) -> str:

@@ -10,6 +10,7 @@ whatever their case, for T frames of N atoms:
     gradients        gradients, gradient, dft_total_gradient                  forces of the opposite sign
     cell, pbc        cell, cells, lattice; pbc                                (3, 3) or (T, 3, 3); (3,) or (T, 3)
     stress           the names of `labels`                                    (T, 3, 3) or (T, 6)
+    charge, spin     charge, total_charge; spin, multiplicity, ...            (T,), (T, 1) or (); kept in `info`
 
 Other names, or paths, are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces), letter by letter, as
 must one of two energies, forces or stresses of a molecule. Forces with the name of a gradient are one. Labels may be
@@ -29,7 +30,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from equimd.errors import InputError
-from equimd.frames.h5md_reader import unit_factor
+from equimd.frames.h5md_units import unit_factor
 from equimd.frames.labels import ENERGY_NAMES, FORCES_NAMES, STRESS_NAMES, LabelKeys, UnitSpec, attach_labels
 
 FRAMES_PER_CHUNK = 500
@@ -45,6 +46,8 @@ _NAMES = {
     "cell": ("cell", "cells", "lattice"),
     "pbc": ("pbc",),
 }
+# What decides the meaning of the labels; kept in `info` under the name that the file has.
+_STATES = ("charge", "total_charge", "spin", "total_spin", "multiplicity", "spin_multiplicity")
 # Of one frame, where it is not that of the positions.
 _SHAPES = {"energy": ((), (1,)), "stress": ((3, 3), (6,)), "cell": ((3, 3),), "pbc": ((3,),)}
 _FACTORS = {"energy": "energy_factor", "forces": "force_factor", "gradients": "force_factor"}
@@ -125,6 +128,9 @@ class LabelledH5:
         ):
             if value is not None and not np.isnan(value).all():
                 store[name] = value.reshape(()) if name == "energy" else value
+        for name, value in frame.items():
+            if name.lower() in _STATES:
+                atoms.info[name] = np.asarray(value).reshape(()).item()
         names = LabelKeys(voigt=self._keys.voigt, stress_sign=self._keys.stress_sign, finite=self._keys.finite)
         return attach_labels(atoms, UnitSpec(), names, where)
 
@@ -149,6 +155,9 @@ class LabelledH5:
         shape = found["positions"].shape
         if len(shape) not in (2, 3) or shape[-1] != 3:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
+        of_frames = ((), (1,), shape[:1], (*shape[:1], 1)) if len(shape) == 3 else ((), (1,))  # others are of atoms
+        states = [values for values in _named(group, _STATES) if values.shape in of_frames]
+        found |= {values.name.rsplit("/", 1)[-1]: values for values in states}
         return {name: self._column(name, values, shape) for name, values in found.items() if values is not None}
 
     def _refuse_several(self, group: Any, stored: list[Any], name: str) -> NoReturn:
@@ -166,9 +175,9 @@ class LabelledH5:
 
     def _column(self, name: str, values: Any, shape: tuple[int, ...]) -> _Column:
         """``shape`` is that of the positions."""
-        one_frame = _SHAPES.get(name, (shape[-2:],))
+        one_frame = ((), (1,)) if name.lower() in _STATES else _SHAPES.get(name, (shape[-2:],))
         per_frame = len(shape) == 3 and values.shape in [(shape[0], *one) for one in one_frame]
-        fixed = values.shape in one_frame and (len(shape) == 2 or name in ("cell", "pbc"))
+        fixed = values.shape in one_frame and (len(shape) == 2 or name in ("cell", "pbc") or name.lower() in _STATES)
         if not per_frame and not fixed:
             raise InputError(f"{self.path}: {values.name} has shape {values.shape}; the positions have {shape}")
         return _Column(values, self._factor(name, values), per_frame)

@@ -1,6 +1,6 @@
-"""MD trajectories, lazily in chunks, for their geometry: DCD, XTC and TRR through mdtraj, and mdtraj's HDF5.
+"""MD trajectories, lazily in chunks, for their geometry: whatever mdtraj reads, and LAMMPS dumps through ASE.
 
-The HDF5 layout (https://mdtraj.org/1.9.7/hdf5_format.html) is read by h5py: mdtraj itself would ask for PyTables.
+mdtraj's HDF5 layout (https://mdtraj.org/1.9.7/hdf5_format.html) is read by h5py: mdtraj itself would ask for PyTables.
 
 These formats drop forces, store float32 nm, and keep lengths and angles of the cell but not its orientation; XTC rounds
 to 0.01 Å as well (above 9 atoms). Each frame says so in `info["lossy"]`. Never take them as a source of force
@@ -8,17 +8,19 @@ comparisons: half of 0.01 Å on a bond of 30 eV/Å² is 0.15 eV/Å.
 """
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers
 
 from equimd import units
 from equimd.errors import InputError
+from equimd.frames.atom_names import masses_of_symbols, number_of_symbol
+from equimd.frames.topology import Site, Topology, with_masses
 
 FRAMES_PER_CHUNK = 100
 LOSSY = {
@@ -26,14 +28,25 @@ LOSSY = {
     ".dcd": "dcd: float32 positions, cell orientation lost",
     ".trr": "trr: float32 positions",
     ".h5": "mdtraj-hdf5: float32 positions, cell orientation lost",
+    ".mdcrd": "mdcrd: positions rounded to 0.001 Å, cell orientation lost",
+    ".crd": "crd: positions rounded to 0.001 Å, cell orientation lost",
 }
+# Formats of one frame, which mdtraj does not read in chunks.
+_RESTARTS = (".ncrst", ".rst7", ".restrt", ".inpcrd")
+_NETCDF = (".nc", ".ncdf", ".netcdf")
+SUFFIXES = (".dcd", ".xtc", ".trr", ".mdcrd", ".crd", *_NETCDF, *_RESTARTS)
+# The others have none, but mdtraj counts for them.
+_WITH_TIMES = (".xtc", ".trr", *_NETCDF, *_RESTARTS)
+_WITH_COUNT = (".dcd", ".xtc", ".trr")
+# OpenMM's systems have this box until they are given one, and mdtraj's reporters write it.
+_DEFAULT_BOX = 20.0 * np.eye(3)
 
 
 class MdtrajHDF5:
-    """A trajectory in mdtraj's HDF5 layout; `numbers` (N,) override the elements of its own topology."""
+    """A trajectory in mdtraj's HDF5 layout; `topology` overrides its own."""
 
-    def __init__(self, path: Path, numbers: np.ndarray | None):
-        self.path, self._numbers = path, numbers
+    def __init__(self, path: Path, topology: Topology | None):
+        self.path, self._topology = path, topology
 
     def count(self) -> int:
         """Number of frames."""
@@ -42,22 +55,22 @@ class MdtrajHDF5:
             return int(coordinates.shape[0])
 
     def frames(self) -> Iterator[Atoms]:
-        """Frames in Å, with `info["lossy"]`, and `info["time_fs"]` where the file has times.
+        """Frames in Å, with `info["lossy"]`, and `info["time_fs"]` if the file has times.
 
         Raises:
             InputError: if the file names no elements, or others than it has atoms.
         """
+        topology = self._topology or self.topology()
         with h5py.File(self.path, "r") as file:
             coordinates: Any = file["coordinates"]
-            numbers = self._elements(file)
-            if numbers.shape != (coordinates.shape[1],):
-                raise InputError(f"{self.path}: {numbers.size} elements for {coordinates.shape[1]} atoms")
+            if topology.numbers.shape != (coordinates.shape[1],):
+                raise InputError(f"{self.path}: {topology.numbers.size} elements for {coordinates.shape[1]} atoms")
             optional: Any = {name: file[name] for name in ("time", "cell_lengths", "cell_angles") if name in file}
             for start in range(0, len(coordinates), FRAMES_PER_CHUNK):
                 window = slice(start, start + FRAMES_PER_CHUNK)
                 rows = {name: data[window] for name, data in optional.items()}
                 for k, positions in enumerate(coordinates[window].astype(np.float64)):
-                    atoms = Atoms(numbers, positions=positions * units.NM)
+                    atoms = with_masses(Atoms(topology.numbers, positions=positions * units.NM), topology.masses)
                     if "cell_lengths" in rows and rows["cell_lengths"][k].any():
                         atoms.set_cell([*(rows["cell_lengths"][k] * units.NM), *rows["cell_angles"][k]])
                         atoms.pbc = True
@@ -66,51 +79,57 @@ class MdtrajHDF5:
                         atoms.info["time_fs"] = float(rows["time"][k]) * 1000.0
                     yield atoms
 
-    def _elements(self, file: h5py.File) -> np.ndarray:
-        if self._numbers is not None:
-            return self._numbers
-        if "topology" not in file:
-            raise InputError(f"{self.path}: has no topology; accepted: with topology=FILE that has the elements")
-        stored: Any = file["topology"]
-        text = np.ravel(stored[()])[0]
-        topology = json.loads(text)
-        atoms = [atom for chain in topology["chains"] for residue in chain["residues"] for atom in residue["atoms"]]
-        atoms.sort(key=lambda atom: atom["index"])
-        numbers = np.array([atomic_numbers.get(str(atom["element"]).capitalize(), 0) for atom in atoms])
+    def topology(self) -> Topology:
+        """The file's own topology.
+
+        Raises:
+            InputError: if it has none, or an atom without an element.
+        """
+        with h5py.File(self.path, "r") as file:
+            if "topology" not in file:
+                raise InputError(f"{self.path}: has no topology; accepted: with topology=FILE that has the elements")
+            stored: Any = file["topology"]
+            tree = json.loads(np.ravel(stored[()])[0])
+        found: list[tuple[int, str, Site]] = []
+        for chain in tree["chains"]:
+            for residue in chain["residues"]:
+                place = (str(residue["name"]), str(residue.get("resSeq", residue["index"])), str(chain["index"]))
+                found += [(a["index"], str(a["element"]), Site(str(a["name"]), *place)) for a in residue["atoms"]]
+        found.sort(key=lambda atom: atom[0])
+        symbols = [symbol for _, symbol, _ in found]
+        numbers = np.array([number_of_symbol(symbol) or 0 for symbol in symbols], dtype=np.int64)
         if (numbers < 1).any():
             raise InputError(f"{self.path}: atom {int(numbers.argmin())} of the topology has no element")
-        return numbers
+        return Topology(numbers, str(self.path), masses_of_symbols(symbols, numbers), [site for *_, site in found])
 
 
 class MdtrajTrajectory:
-    """A trajectory that mdtraj reads; `numbers` (N,) are its elements, or `topology` a file of mdtraj's with them."""
+    """A trajectory without elements that mdtraj reads; they come from `topology`."""
 
-    def __init__(self, path: Path, topology: Path | None, numbers: np.ndarray | None):
-        self.path, self._topology_path, self._numbers = path, topology, numbers
+    def __init__(self, path: Path, topology: Topology | None):
+        self.path = path
         if topology is None:
             raise InputError(
                 f"{path}: a {path.suffix} file has no elements; accepted: with topology=FILE that has them"
             )
+        self._topology = topology
 
-    def count(self) -> int:
-        """Number of frames."""
-        import mdtraj
-
-        with mdtraj.open(str(self.path)) as file:
-            return len(file)
+    @property
+    def count(self) -> Callable[[], int] | None:
+        """Number of frames, for formats that tell it without being read."""
+        return self._count if self.path.suffix.lower() in _WITH_COUNT else None
 
     def frames(self) -> Iterator[Atoms]:
-        """Frames in Å, with `info["lossy"]`, and `info["time_fs"]` where the format stores the time.
+        """Frames in Å, with `info["lossy"]`, and `info["time_fs"]` if the format stores the time.
 
         Raises:
             InputError: if the topology does not fit, or the file cannot be read.
         """
-        import mdtraj
-
-        chunks = mdtraj.iterload(str(self.path), chunk=FRAMES_PER_CHUNK, top=self._topology())
+        chunks = self._chunks()
         while True:
             try:
-                chunk = next(chunks)
+                with _quiet():
+                    chunk = next(chunks)
             except StopIteration:
                 return
             except Exception as error:  # mdtraj's readers raise whatever they stumble over
@@ -119,38 +138,84 @@ class MdtrajTrajectory:
                 ) from error
             yield from self._convert(chunk)
 
+    def _count(self) -> int:
+        import mdtraj
+
+        with mdtraj.open(str(self.path)) as file:
+            return len(file)
+
+    def _chunks(self) -> Iterator[Any]:
+        import mdtraj
+
+        topology = self._topology.for_mdtraj()
+        if self.path.suffix.lower() in _RESTARTS:
+            yield mdtraj.load(str(self.path), top=topology)
+            return
+        yield from mdtraj.iterload(str(self.path), chunk=FRAMES_PER_CHUNK, top=topology)
+
     def _convert(self, chunk: Any) -> Iterator[Atoms]:
-        numbers = self._elements(chunk.topology)
         suffix = self.path.suffix.lower()
+        lossy = LOSSY.get(suffix, f"{suffix[1:]}: float32 positions, cell orientation lost")
         cells = chunk.unitcell_vectors
         for k in range(chunk.n_frames):
-            atoms = Atoms(numbers, positions=chunk.xyz[k].astype(np.float64) * units.NM)
+            atoms = Atoms(self._topology.numbers, positions=chunk.xyz[k].astype(np.float64) * units.NM)
+            with_masses(atoms, self._topology.masses)
             if cells is not None and np.abs(cells[k]).max() > 0:
                 atoms.set_cell(cells[k].astype(np.float64) * units.NM)
                 atoms.pbc = True
-            atoms.info["lossy"] = LOSSY[suffix]
-            if suffix != ".dcd":
+            atoms.info["lossy"] = lossy
+            if suffix in _WITH_TIMES:
                 atoms.info["time_fs"] = float(chunk.time[k]) * 1000.0
             yield atoms
 
-    def _topology(self) -> Any:
-        import mdtraj
 
-        if self._numbers is None:
-            try:
-                return mdtraj.load_topology(str(self._topology_path))
-            except Exception as error:  # mdtraj's readers raise whatever they stumble over
-                raise InputError(f"{self._topology_path}: mdtraj cannot read it as a topology ({error})") from error
-        topology = mdtraj.Topology()
-        residue = topology.add_residue("MOL", topology.add_chain())
-        for index, number in enumerate(self._numbers.tolist()):
-            element = mdtraj.element.Element.getByAtomicNumber(number)
-            topology.add_atom(f"{element.symbol}{index}", element, residue)
-        return topology
+def default_box(atoms: Atoms) -> str | None:
+    """What to say of a frame in the box that OpenMM gives to a system without one; None for other boxes.
 
-    def _elements(self, topology: Any) -> np.ndarray:
-        numbers = [atom.element.atomic_number if atom.element is not None else 0 for atom in topology.atoms]
-        if min(numbers, default=0) < 1:
-            atom = numbers.index(min(numbers)) if numbers else 0
-            raise InputError(f"{self.path}: atom {atom} of the topology has no element; accepted: real atoms only")
-        return np.array(numbers)
+    GRO is GROMACS's, which knows no such box.
+    """
+    if str(atoms.info.get("lossy", "gro")).startswith("gro") or not np.allclose(
+        atoms.cell.array, _DEFAULT_BOX, rtol=0, atol=1e-4
+    ):
+        return None
+    return (
+        "the box is 20 Å × 20 Å × 20 Å, which OpenMM's reporters write for a run without a box too; if there was none,"
+        " pass --no-pbc (Python: pbc=False)"
+    )
+
+
+def is_lammps_dump(path: Path) -> bool:
+    """Whether a file is a text dump of LAMMPS, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(14) == b"ITEM: TIMESTEP"
+    except OSError:
+        return False
+
+
+def lammps_frames(path: Path, frames: Iterator[Atoms], topology: Topology | None) -> Iterator[Atoms]:
+    """Frames of a dump that ASE has read, whose types it takes for atomic numbers, with the elements of `topology`.
+
+    Without a topology the dump must have a column `element`. Velocities are dropped: their unit is LAMMPS's secret.
+
+    Raises:
+        InputError: if there are no elements, or a topology of another number of atoms.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        columns = next((line.split()[2:] for line in file if line.startswith("ITEM: ATOMS")), [])
+    if topology is None and "element" not in columns:
+        raise InputError(f"{path}: a dump with types and no column element; accepted: with topology=FILE, atoms by id")
+    for index, atoms in enumerate(frames):
+        if topology is not None:
+            if len(topology.numbers) != len(atoms):
+                n_given = len(topology.numbers)
+                raise InputError(f"{path}, frame {index}: {len(atoms)} atoms, but {topology.where} has {n_given}")
+            atoms.set_atomic_numbers(topology.numbers)
+            with_masses(atoms, topology.masses)
+        atoms.arrays.pop("momenta", None)
+        yield atoms
+
+
+def _quiet() -> Any:
+    """Without mdtraj's own warnings, such as the one that scipy reads NetCDF in place of netCDF4."""
+    return warnings.catch_warnings(action="ignore")

@@ -252,6 +252,7 @@ def _prepared(atoms: Atoms, calculator: Any) -> Atoms:
     """A copy of the structure with the calculator, checked."""
     check_structure(atoms, getattr(_potential(calculator), "species", None))
     atoms = atoms.copy()
+    atoms.info.pop("lossy", None)  # what a format rounded is where the run starts, and no longer rounded
     calculator.reset()
     atoms.calc = calculator
     return atoms

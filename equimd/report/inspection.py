@@ -37,7 +37,8 @@ class Inspection(Result):
 
     n_labelled counts frames that carry each label; force_quantiles are of the length of the force on an atom, by
     percent; energy_residual is the RMS of what a fit of atomic energies leaves, per atom; net_force counts frames of
-    molecules whose forces do not add up to zero; neighbors are those of an atom within the cutoff.
+    molecules whose forces do not add up to zero; neighbors are those of an atom within the cutoff;
+    lossy says how the format rounded positions.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Inspection(Result):
     duplicates: list[tuple[int, int]]
     n_duplicates: int
     warnings: list[str]
+    lossy: str | None = None
 
 
 class Shared(Block):
@@ -102,7 +104,7 @@ def inspect_files(
         for arrays in packed:
             fits = common is not None and not set(arrays.meta["species"]) - set(common)
             surveys.append(Survey(arrays, common if fits else _atomic_energies(arrays)))
-        looked = [_look(str(file.path), survey) for file, survey in zip(files, surveys, strict=True)]
+        looked = [_look(str(file.path), survey, file.lossy) for file, survey in zip(files, surveys, strict=True)]
         if draw is not None:
             draw([file.path.name for file in files], surveys)
         if len(files) == 1:
@@ -138,7 +140,7 @@ def _atomic_energies(arrays: FrameArrays) -> dict[int, float] | None:
     return fit_atomic_energies(arrays, dict.fromkeys(species, 0.0), species, by_charge=True).energies
 
 
-def _look(path: str, survey: Survey) -> Inspection:
+def _look(path: str, survey: Survey, lossy: str | None) -> Inspection:
     arrays = survey.arrays
     periodic = np.asarray(arrays["pbc"]).any(axis=1)
     index, n_atoms = np.asarray(arrays["index"]), np.asarray(arrays["n_atoms"])
@@ -181,6 +183,7 @@ def _look(path: str, survey: Survey) -> Inspection:
         duplicates=[(int(index[a]), int(index[b])) for a, b in pairs[:N_LISTED]],
         n_duplicates=len(pairs),
         warnings=[str(message) for _, message in arrays.meta["implausible"]],
+        lossy=lossy,
     )
 
 

@@ -84,6 +84,39 @@ def test_data_inspect(run, labelled):
     assert Path("look.png").read_bytes().startswith(b"\x89PNG")
 
 
+PDB = """CRYST1   20.000   20.000   20.000  90.00  90.00  90.00 P 1           1
+MODEL        1
+HETATM    1  O   HOH A   1       0.000   0.000   0.119  1.00  0.00           O
+HETATM    2  H1  HOH A   1       0.000   0.763  -0.477  1.00  0.00           H
+HETATM    3  H2  HOH A   1       0.000  -0.763  -0.477  1.00  0.00           H
+HETATM    4 AR    AR B   2       9.000   9.000   9.000  1.00  0.00          AR
+ENDMDL
+END
+"""
+
+
+def test_trajectories_of_others_without_their_solvent_and_box(run, potentials):
+    Path("a.pdb").write_text(PDB)
+    part = ("--select", "water", "--no-pbc")
+    for command in (("equivariance", potentials["equivariant"], "a.pdb"), ("data", "inspect", "a.pdb")):
+        done = run(*command, *part, "--json", "-")
+        assert done.exit_code == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["lossy"].startswith("pdb: positions rounded to 0.001 Å")
+        assert done.stderr.startswith("equimd: warning: a.pdb: pdb: positions rounded to 0.001 Å")
+        assert done.stderr.count("\n") == 1
+        assert "Lossy" in run(*command, *part).stdout
+    assert result["elements"] == {"H": 2, "O": 1}
+    assert result["periodic"] == 0
+    done = run("evaluate", potentials["equivariant"], "a.pdb", *part)
+    assert "none of 1 frames has labels" in done.stderr
+    assert "20 Å × 20 Å × 20 Å" in run("data", "inspect", "a.pdb").stderr
+    short = ("--steps", "2", "-o", "a.h5", "--ensemble", "nve")
+    assert run("md", potentials["equivariant"], "a.pdb", *part, *short).exit_code == 0
+    assert len(read_list("a.h5")[0]) == 3
+    assert "element Ar" in run("md", potentials["equivariant"], "a.pdb", *short[:3], "b.h5").stderr
+
+
 def test_a_recipe_to_start_from_is_not_broken_into_lines(run, labelled, tmp_path):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()

@@ -266,6 +266,9 @@ def test_trajectories_are_lossy_and_say_so(tmp_path, suffix):
     np.testing.assert_allclose(read[-1].cell.lengths(), 20, rtol=1e-5)
     assert read[0].get_chemical_symbols() == benzene.get_chemical_symbols()
     assert labels_of(read[0])["forces"] is None
+    from equimd.frames.trajectories import default_box
+
+    assert "--no-pbc" in str(default_box(read[0]))  # OpenMM's box of a run without one
     if suffix != "dcd":
         assert read[2].info["time_fs"] == pytest.approx(1000.0)
     if suffix != "h5":

@@ -174,3 +174,14 @@ def test_units_are_never_guessed(tmp_path):
         file["something"] = np.zeros(3)
     with pytest.raises(InputError, match="HDF5 with something; accepted"):
         read_frames(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize(("shape", "kept"), [((), True), ((4,), True), ((4, 1), True), ((4, 3), False), ((3,), False)])
+def test_the_charge_of_a_frame_is_kept(tmp_path, shape, kept):
+    """A set of ions must not pass for neutral; charges of atoms say nothing of that."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["R"], file["Z"], file["Total_Charge"] = positions(WATER, 4), WATER.numbers, np.full(shape, -1)
+        file["multiplicity"] = np.full(shape, 2)
+    for atoms in read_frames(tmp_path / "a.h5", units=UnitSpec()):
+        assert atoms.info.get("Total_Charge") == (-1 if kept else None)
+        assert atoms.info.get("multiplicity") == (2 if kept else None)
