@@ -63,7 +63,7 @@ def check_images(numbers: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None
         return
     box = _complete_cell(cell, pbc)
     # No lattice vector is shorter than the distance of the lattice planes, one over a column of the inverse.
-    if 1.0 > _LARGEST_LIMIT * np.linalg.norm(np.linalg.inv(box)[:, pbc], axis=0).max():
+    if _LARGEST_LIMIT * np.linalg.norm(np.linalg.inv(box)[:, pbc], axis=0).max() < 1.0:
         return
     _, shifts = neighbor_list(np.zeros((1, 3)), cell, pbc, _LARGEST_LIMIT)
     if len(shifts) == 0:
@@ -71,7 +71,8 @@ def check_images(numbers: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None
     from ase.data import covalent_radii
 
     distance = float(np.linalg.norm(shifts @ used_cell(cell, pbc), axis=1).min())
-    limit = float(np.clip(1.6 * covalent_radii[numbers].max(), _SMALLEST_LIMIT, _LARGEST_LIMIT))
+    radius = covalent_radii[np.clip(numbers, 0, len(covalent_radii) - 1)].max(initial=0.0)
+    limit = float(np.clip(1.6 * radius, _SMALLEST_LIMIT, _LARGEST_LIMIT))
     if distance < limit:
         raise InputError(
             f"every atom is {distance:.3g} Å from its own periodic image; at least {limit:.3g} Å is accepted. "
@@ -99,8 +100,8 @@ def _complete_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
 def _within_reach(positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
     """Positions with the same neighbours that vesin can count cells for; almost always the positions given.
 
-    Its integers have 32 bits: farther away along a periodic direction it returns wrong edges, and for a molecule or slab
-    that has lost an atom to the vacuum it ends the process. So empty space wider than 2 cutoffs is taken out along
+    Its integers have 32 bits: farther away along a periodic direction it returns wrong edges, and for a molecule or
+    slab that has lost an atom to the vacuum it ends the process. So empty space wider than 2 cutoffs is taken out along
     directions that are not periodic, where it changes no pair within the cutoff.
     """
     if np.abs(positions).max(initial=0.0) < _FAR:
@@ -110,8 +111,8 @@ def _within_reach(positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutof
     if cells.max() > _MOST_CELLS:
         atom = int(cells.argmax())
         raise InputError(
-            f"positions of atom {atom} are {positions[atom].tolist()}; at most {_MOST_CELLS:g} lattice vectors from the "
-            "origin are accepted"
+            f"positions of atom {atom} are {positions[atom].tolist()}; at most {_MOST_CELLS:g} lattice vectors "
+            "from the origin are accepted"
         )
     for axis in np.flatnonzero(~pbc):  # in Å: these vectors of the box have length one and are orthogonal to all others
         order = coordinates[:, axis].argsort()
