@@ -5,6 +5,7 @@ Conventions (stated once, here): edge ``e`` has the receiver (centre) ``i = edge
 vectors. Edges are sorted by receiver. Both directions of every pair are present.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from equimd.errors import InputError
-from equimd.neighbors import neighbor_list
+from equimd.neighbors import neighbor_list, used_cell
 
 T = TypeVar("T")
 
@@ -49,6 +50,10 @@ class AtomGraph(Data):
         unrotated_stress: Tensor
         n_systems: int
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as bytes, see ``as_bytes``, and without what was derived from the edges."""
+        return _graph_from_bytes, (as_bytes(self.to_dict()),)
+
     def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:
         """Only edge_index counts atoms; every other key is concatenated as it is."""
         return self.num_nodes if key == "edge_index" else 0
@@ -67,6 +72,19 @@ class AtomGraph(Data):
     def volume(self) -> Tensor:
         """Cell volumes (S,) in Å³; positive for left-handed cells too, zero without a cell."""
         return torch.linalg.det(self.cell).abs()
+
+
+def as_bytes(content: Any) -> bytes:
+    """Pickled by Python's own pickler.
+
+    That of ``multiprocessing`` would move every tensor in it, with torch imported, into memory that both processes then
+    write to: the sender's tensors too.
+    """
+    return pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+
+
+def _graph_from_bytes(content: bytes) -> AtomGraph:
+    return AtomGraph(**pickle.loads(content))
 
 
 def make_graph(
@@ -101,16 +119,21 @@ def make_graph(
 def graph_from_arrays(
     positions: np.ndarray, numbers: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float, **labels: Any
 ) -> AtomGraph:
-    """One structure as an AtomGraph with every edge within ``cutoff`` Å; arrays and labels as in ``make_graph``."""
+    """One structure as an AtomGraph with every edge within ``cutoff`` Å; arrays and labels as in ``make_graph``.
+
+    Raises InputError for positions, or cell vectors of periodic directions, that are not finite.
+    """
+    pbc = np.asarray(pbc, dtype=bool)
+    cell = used_cell(cell, pbc)
     edge_index, shifts = neighbor_list(positions, cell, pbc, cutoff)
     return make_graph(
-        torch.tensor(np.asarray(positions, dtype=np.float64)),
-        torch.tensor(np.asarray(numbers, dtype=np.int64)),
+        torch.from_numpy(np.array(positions, dtype=np.float64)),
+        torch.from_numpy(np.array(numbers, dtype=np.int64)),
         torch.from_numpy(edge_index),
         torch.from_numpy(shifts),
-        torch.tensor(np.asarray(cell, dtype=np.float64)),
-        torch.tensor(np.asarray(pbc, dtype=bool)),
-        **{key: torch.as_tensor(np.asarray(value, dtype=np.float64)) for key, value in labels.items()},
+        torch.from_numpy(cell),
+        torch.from_numpy(np.array(pbc)),
+        **{key: torch.from_numpy(np.array(value, dtype=np.float64)) for key, value in labels.items()},
     )
 
 
@@ -119,8 +142,8 @@ def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
     if len(graphs) == 1:
         return graphs[0]
     first = graphs[0]
-    n_atoms = torch.tensor([g.n_atoms for g in graphs])
-    n_systems = torch.tensor([g.n_systems for g in graphs])
+    n_atoms = torch.tensor([g.n_atoms for g in graphs], device="cpu")
+    n_systems = torch.tensor([g.n_systems for g in graphs], device="cpu")
     atom_offsets = (n_atoms.cumsum(0) - n_atoms).tolist()
     system_offsets = (n_systems.cumsum(0) - n_systems).tolist()
     cat = {key: torch.cat([g[key] for g in graphs]) for key in _ATOM_KEYS + _EDGE_KEYS + _SYSTEM_KEYS if key in first}

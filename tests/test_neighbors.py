@@ -116,6 +116,31 @@ def test_wire_far_from_the_axis(rng):
     check(positions, np.diag([1.0, 5.0, 1.0]), (False, True, False), 6.0)
 
 
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, True, False), (False, True, False)])
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e12, 1e100])
+def test_an_atom_lost_to_the_vacuum_is_one_without_neighbours(pbc, far):
+    """The search counts cells up to the farthest atom in 32 bits, and would end the process."""
+    pbc, cell = np.array(pbc), 4.0 * np.eye(3)
+    positions = np.array([[0.0, 0, 0], [1.0, 0, 0], [0, 1.0, 2.0], [0.5, 2.5, 1.0]])
+    near = positions.copy()
+    positions[3, 0 if not pbc[0] else 2] = far
+    near[3, 0 if not pbc[0] else 2] = 50.0
+    edges, shifts = neighbor_list(positions, cell, pbc, 3.5)
+    wanted = neighbor_list(near, cell, pbc, 3.5)
+    assert np.array_equal(edges, wanted[0])
+    assert np.array_equal(shifts, wanted[1])
+    assert positions[3].max() == far
+
+
+def test_atoms_too_many_cells_away_to_be_counted_are_refused():
+    positions = np.array([[0.0, 0, 0], [1.0, 0, 0]])
+    moved = positions + [[0, 0, 0], [4e8, 0, 0]]
+    cell, pbc = 4.0 * np.eye(3), np.ones(3, dtype=bool)
+    assert neighbor_list(moved, cell, pbc, 3.5)[0].shape == neighbor_list(positions, cell, pbc, 3.5)[0].shape
+    with pytest.raises(InputError, match="positions of atom 1 are .*at most 1e"):
+        neighbor_list(positions + [[0, 0, 0], [2e10, 0, 0]], cell, pbc, 3.5)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_none_and_one(n):
     edges, shifts = neighbor_list(np.zeros((n, 3)), np.zeros((3, 3)), np.zeros(3, dtype=bool), 5.0)

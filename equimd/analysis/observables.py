@@ -28,12 +28,13 @@ class Distribution(Block):
 
 def bonds_of(frame: Atoms, scale: float = 1.2) -> np.ndarray:
     """Pairs (B, 2), i < j, closer than ``scale`` times the sum of their covalent radii."""
-    from equimd.neighbors import neighbor_list  # vesin loads torch where it is installed
+    from equimd.neighbors import neighbor_list, used_cell  # vesin loads torch where it is installed
 
     radii = covalent_radii[frame.numbers]
     cutoff = 2 * scale * float(radii.max())
-    (i, j), shifts = neighbor_list(frame.positions, frame.cell.array, frame.pbc, cutoff)
-    lengths = np.linalg.norm(frame.positions[j] - frame.positions[i] + shifts @ frame.cell.array, axis=1)
+    cell = used_cell(frame.cell.array, frame.pbc)
+    (i, j), shifts = neighbor_list(frame.positions, cell, frame.pbc, cutoff)
+    lengths = np.linalg.norm(frame.positions[j] - frame.positions[i] + shifts @ cell, axis=1)
     bonded = (lengths < scale * (radii[i] + radii[j])) & (i < j)
     return np.unique(np.stack([i[bonded], j[bonded]], axis=1), axis=0)
 

@@ -1,10 +1,12 @@
 """EquimdCalculator: a potential as an ASE calculator and as a ForceField."""
 
 import copy
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -19,8 +21,24 @@ if TYPE_CHECKING:
     from equimd.calculators.evaluator import Outcome, Structure
     from equimd.models.potential import Potential
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 INFO_KEYS = ("charge", "spin", "multiplicity")
 """What is read of ``atoms.info``: total charge in e; spin multiplicity 2S + 1 under either other name."""
+
+
+def _alone(
+    method: "Callable[Concatenate[EquimdCalculator, P], T]",
+) -> "Callable[Concatenate[EquimdCalculator, P], T]":
+    """The method, while no other thread is in one of these."""
+
+    @functools.wraps(method)
+    def run(self: "EquimdCalculator", *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class EquimdCalculator(Calculator):
@@ -29,7 +47,13 @@ class EquimdCalculator(Calculator):
     Energies are Python floats in eV and contain the isolated atoms; ``energies`` sum to the energy. ``stress`` is
     Voigt xx yy zz yz xz xy in eV/Å³, tension positive; the raw 3×3, whose antisymmetric part shows the torque of a
     potential that is not invariant, is kept as ``stress_tensor``. Results are kept until positions, cell, pbc, numbers,
-    initial charges or magnetic moments, or one of ``INFO_KEYS`` change. Nothing global is touched.
+    initial charges or magnetic moments, or one of ``INFO_KEYS`` change. Nothing global is touched, and torch's default
+    dtype and device, autocast and inference mode change nothing.
+
+    Threads may share a calculator: each gets the results of its own atoms, one after the other, from what returns them
+    (``atoms.get_forces()``); ``results`` and ``stress_tensor`` are those of the last calculation of any thread. A copy
+    or pickle has weights of its own and no results. A process that was forked computes on one thread, since OpenMP's do
+    not survive a fork; use the start method "spawn" for more of them, and wherever a GPU is used.
 
     Args:
         potential: A name such as "ethanol-equivariant", a path, or a Potential (of which a copy is made).
@@ -41,7 +65,8 @@ class EquimdCalculator(Calculator):
 
     Raises:
         InputError: here for a potential, device, dtype or option that does not exist; in a calculation for an unknown
-            element, positions that are not finite, no atoms, two atoms at one place, a charged or open-shell system.
+            element, positions or periodic cell vectors that are not finite, no atoms, two atoms at one place, a cell so
+            small that atoms overlap their own images, a charged or open-shell system.
         SelfCheckError: the potential contradicts itself, for instance forces that are not the gradient of the energy.
     """
 
@@ -59,6 +84,7 @@ class EquimdCalculator(Calculator):
         super().__init__()
         from equimd.calculators.loading import resolve
 
+        self._lock = threading.RLock()
         base, self._name, self.header = resolve(potential, device, dtype)
         self._symmetrize, self._skin, self._self_check = symmetrize, skin, self_check
         self._use(base)
@@ -72,7 +98,6 @@ class EquimdCalculator(Calculator):
         from equimd.calculators.evaluator import Evaluator
         from equimd.calculators.loading import symmetrized
 
-        self._base = base
         self.potential = symmetrized(base, self._symmetrize)
         self.family: str = base.family
         self.stochastic = getattr(self.potential, "mode", None) == "random"
@@ -80,6 +105,32 @@ class EquimdCalculator(Calculator):
         self.dtype = str(base.dtype).removeprefix("torch.")
         self._evaluator = Evaluator(self.potential, self._skin)
         self._origin: str | None = None
+        self._forget()
+
+    @property
+    def _base(self) -> "Potential":
+        """The potential without its symmetrisation."""
+        if self._symmetrize is None:
+            return self.potential
+        from equimd.models.symmetrized import SymmetrizedPotential
+
+        assert isinstance(self.potential, SymmetrizedPotential)
+        return self.potential.inner
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without results, neighbour list and lock, which are of one calculator alone."""
+        scratch = ("_lock", "_evaluator", "atoms", "results", "stress_tensor", "_info", "get_spin_polarized")
+        state = {name: value for name, value in self.__dict__.items() if name not in scratch}
+        return state | {name: copy.copy(state[name]) for name in ("parameters", "header")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin without results."""
+        from equimd.calculators.evaluator import Evaluator
+
+        vars(self).update(state)
+        self._lock = threading.RLock()
+        self.get_spin_polarized = self._deprecated_get_spin_polarized  # as ASE's constructor does
+        self._evaluator = Evaluator(self.potential, self._skin)
         self._forget()
 
     def _get_name(self) -> str:
@@ -127,6 +178,7 @@ class EquimdCalculator(Calculator):
         self.stress_tensor: np.ndarray | None = None
         self._info: dict[str, Any] = {}
 
+    @_alone
     def reset(self) -> None:
         """Forget results and the neighbour list."""
         self._forget()
@@ -145,7 +197,7 @@ class EquimdCalculator(Calculator):
                 ("cell", old.cell.array, atoms.cell.array),
                 ("pbc", old.pbc, atoms.pbc),
             )
-            if not np.array_equal(a, b)
+            if not np.array_equal(a, b) and not (name == "cell" and np.array_equal(a, b, equal_nan=True))
         ]
         changes += [
             name
@@ -157,6 +209,7 @@ class EquimdCalculator(Calculator):
             changes.append("info")
         return changes
 
+    @_alone
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
         """One of ``implemented_properties``, computed if need be; arrays are copies."""
         if name not in self.implemented_properties:
@@ -174,6 +227,17 @@ class EquimdCalculator(Calculator):
         result = self.results[name]
         return result.copy() if isinstance(result, np.ndarray) else result
 
+    @_alone
+    def calculate_properties(self, atoms: Atoms, properties: Sequence[str]) -> Any:
+        """As ASE's, whose two steps must not be parted."""
+        return super().calculate_properties(atoms, properties)
+
+    @_alone
+    def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
+        """Whether one of the properties is not known for these atoms."""
+        return super().calculation_required(atoms, properties)
+
+    @_alone
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -226,6 +290,9 @@ class EquimdCalculator(Calculator):
         rotations = np.asarray(rotations, dtype=np.float64)
         if rotations.ndim != 3 or rotations.shape[1:] != (3, 3):
             raise InputError(f"rotations have shape {rotations.shape}; (K, 3, 3) is accepted")
+        off = np.abs(rotations @ rotations.swapaxes(1, 2) - np.eye(3)).max(initial=0.0)
+        if not off <= 1e-6:  # single precision leaves 1e-7; NaN fails
+            raise InputError(f"rotations times their transposes are off the identity by {off:.2g}; 1e-6 is accepted")
         return _evaluation(self._evaluator.evaluate_rotated(self._checked(frame), rotations, max_edges))
 
     def with_dtype(self, dtype: str) -> "EquimdCalculator":

@@ -8,10 +8,11 @@ when the list was built. Where nothing is to be dropped (small molecules), or th
 and with it what networks derive from its edges.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from equimd.errors import InputError
 from equimd.graph import AtomGraph, batch_graphs, edge_vectors, make_graph
-from equimd.neighbors import VerletList, neighbor_list
+from equimd.kernels.ambient import in_plain_torch
+from equimd.neighbors import VerletList, check_images, neighbor_list, used_cell
 from equimd.rotations import rotate_vectors
 
 if TYPE_CHECKING:
@@ -34,17 +36,25 @@ MAX_EDGES = {"cpu": 20_000, "cuda": 200_000}
 
 @dataclass(frozen=True)
 class Structure:
-    """positions (N, 3) Å, numbers (N,), cell (3, 3) rows in Å, pbc (3,)."""
+    """positions (N, 3) Å, numbers (N,), cell (3, 3) rows in Å, pbc (3,) bool.
+
+    Cell vectors that are not finite become zero. Raises InputError for one of a periodic direction.
+    """
 
     positions: np.ndarray
     numbers: np.ndarray
     cell: np.ndarray
     pbc: np.ndarray
 
+    def __post_init__(self) -> None:
+        """Ignore what directions say that are not periodic."""
+        if not np.isfinite(self.cell).all():
+            object.__setattr__(self, "cell", used_cell(self.cell, self.pbc))
+
     @property
     def has_stress(self) -> bool:
         """Whether stress is defined: something is periodic, and the cell has a volume."""
-        return bool(self.pbc.any()) and abs(float(np.linalg.det(self.cell))) > 0
+        return bool(self.pbc.any()) and 0 < abs(float(np.linalg.det(self.cell))) < np.inf
 
 
 @dataclass(frozen=True)
@@ -61,26 +71,44 @@ class Outcome:
 
 
 class Evaluator:
-    """A potential that is asked for one structure after another, or for many at once."""
+    """A potential that is asked for one structure after another, or for many at once.
+
+    Several threads may ask one evaluator. Copies and pickles begin without a neighbour list.
+    """
 
     def __init__(self, potential: "Potential", skin: float = 0.5) -> None:
         self.potential = potential
-        self.list = VerletList(potential.cutoff, skin)
         self.n_calls = 0
         # By atomic number; NaN for elements that the potential does not know.
         self._isolated = np.full(max(potential.species) + 1, np.nan)
         for z, energy in potential.isolated_atom_energies.items():
             self._isolated[z] = energy
+        self._begin(skin)
+
+    def _begin(self, skin: float) -> None:
+        """What belongs to one structure, and the lock of those who write to it."""
+        self._lock = threading.RLock()
+        self.list = VerletList(self.potential.cutoff, skin)
         self._numbers: np.ndarray | None = None
-        self._full: AtomGraph | None = None
-        self._graph: AtomGraph | None = None
-        self._keep: Tensor | None = None
+        self._full: AtomGraph | None = None  # None unless it has passed all checks
+        self._kept: tuple[Tensor, AtomGraph] | None = None  # which edges of it, and the graph with these
         self._closest = np.inf  # Å, when the list was built
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one structure, which two owners would both write to."""
+        scratch = ("_lock", "list", "_numbers", "_full", "_kept", "_closest")
+        return {name: value for name, value in self.__dict__.items() if name not in scratch} | {"skin": self.list.skin}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin anew."""
+        vars(self).update(state)
+        self._begin(vars(self).pop("skin"))
 
     def reset(self) -> None:
         """Forget the neighbour list and the graph."""
-        self.list.reset()
-        self._numbers = self._full = self._graph = self._keep = None
+        with self._lock:
+            self.list.reset()
+            self._numbers = self._full = self._kept = None
 
     def check_numbers(self, numbers: np.ndarray) -> None:
         """Refuse an empty structure and elements that the potential was not trained on."""
@@ -97,13 +125,20 @@ class Evaluator:
         """Energy of these atoms, each for itself, in eV."""
         return float(self._isolated[numbers].sum())
 
+    @in_plain_torch
     def evaluate(self, structure: Structure, stress: bool = False) -> Outcome:
         """One structure, by the Verlet list; the call to repeat in a simulation."""
-        graph = self._update(structure)
-        return self._outcomes(self._forward(graph, stress), [structure])[0]
+        with self._lock:
+            graph = self._update(structure)
+            return self._outcomes(self._forward(graph, stress), [structure])[0]
 
+    @in_plain_torch
     def profile(self, structure: Structure, repeats: int = 10) -> dict[str, float]:
         """Median seconds of each part of one evaluation, on one thread; see ``Potential.profile``."""
+        with self._lock:
+            return self._profile(structure, repeats)
+
+    def _profile(self, structure: Structure, repeats: int) -> dict[str, float]:
         self.evaluate(structure)
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -115,6 +150,7 @@ class Evaluator:
         parts |= self.potential.profile(self._update(structure), repeats)
         return parts | {"everything else": max(0.0, whole - sum(parts.values()))}
 
+    @in_plain_torch
     def evaluate_many(self, structures: Sequence[Structure], max_edges: int | None = None) -> list[Outcome]:
         """Independent structures in batches of at most ``max_edges`` edges; stress wherever it is defined."""
         out: list[Outcome] = []
@@ -124,6 +160,7 @@ class Evaluator:
             out.extend(self._outcomes(prediction, chunk))
         return out
 
+    @in_plain_torch
     def evaluate_rotated(
         self, structure: Structure, rotations: np.ndarray, max_edges: int | None = None
     ) -> list[Outcome]:
@@ -189,9 +226,10 @@ class Evaluator:
             self.reset()
         edges, shifts, rebuilt = self.list.update(s.positions, s.cell, s.pbc)
         if rebuilt or self._full is None:
-            self._full = _graph(s, edges, shifts).to(self.potential.device)
-            self._numbers, self._graph, self._keep = s.numbers.copy(), None, None
+            self._full = None  # what is refused now is refused again
             self._closest = _check_distances(s, edges, shifts)
+            self._numbers, self._kept = s.numbers.copy(), None
+            self._full = _graph(s, edges, shifts).to(self.potential.device)
         else:
             self._full.positions.copy_(torch.from_numpy(np.ascontiguousarray(s.positions, dtype=np.float64)))
         # While the list is valid, no two atoms have come nearer by more than the skin.
@@ -201,9 +239,9 @@ class Evaluator:
         keep = squared <= self.potential.cutoff**2
         if squared.numel() and float(squared.min()) < MIN_DISTANCE**2:
             _check_distances(s, edges, shifts)
-        if self._graph is None or self._keep is None or not torch.equal(keep, self._keep):
-            self._graph, self._keep = _without(self._full, keep), keep
-        return self._graph
+        if self._kept is None or not torch.equal(keep, self._kept[0]):
+            self._kept = keep, _without(self._full, keep)
+        return self._kept[1]
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -253,7 +291,8 @@ def _rotated_copies(s: Structure, edges: np.ndarray, shifts: np.ndarray, rotatio
 
 
 def _check_distances(s: Structure, edges: np.ndarray, shifts: np.ndarray) -> float:
-    """Refuse two atoms at one place; the shortest distance in Å."""
+    """Refuse two atoms at one place, and cells smaller than atoms; the shortest distance in Å."""
+    check_images(s.numbers, s.cell, s.pbc)
     if edges.shape[1] == 0:
         return np.inf
     shift = shifts @ s.cell if s.pbc.any() else 0.0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from equimd.errors import InputError
+from equimd.kernels.ambient import building
 from equimd.models.potential import Potential
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -39,6 +40,7 @@ def torch_device(name: str | torch.device) -> torch.device:
     return device
 
 
+@building()
 def resolve(
     potential: Potential | str | Path, device: str | torch.device, dtype: str
 ) -> tuple[Potential, str, dict[str, Any]]:
@@ -53,8 +55,23 @@ def resolve(
         module, name = load_potential(potential, device=str(where), dtype=dtype), potential_name(potential)
     else:
         raise InputError(f"potential is a {type(potential).__name__}; accepted are a name, a path or a Potential")
-    module = module.to(device=where, dtype=precision).eval().requires_grad_(False)
+    module = _outside_inference_mode(module).to(device=where, dtype=precision).eval().requires_grad_(False)
     return module, name, dict(getattr(module, "header", None) or {})
+
+
+def _outside_inference_mode(module: Potential) -> Potential:
+    """The potential with normal tensors where it was made in inference mode: autograd takes no others.
+
+    Parameters keep the module's names; those that modules share are shared no longer.
+    """
+    for part in module.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None and tensor.is_inference():
+                part._parameters[name] = torch.nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()
+    return module
 
 
 def potential_name(name_or_path: str | Path) -> str:

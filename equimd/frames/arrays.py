@@ -19,7 +19,7 @@ from equimd.errors import FailedError, InputError
 from equimd.frames.checks import N_CHECKED, check_plausible, check_species
 from equimd.frames.fingerprints import WIDTH, fingerprints
 from equimd.frames.labels import labels_of, not_finite
-from equimd.neighbors import neighbor_list
+from equimd.neighbors import neighbor_list, used_cell
 from equimd.results import write_text_atomically
 
 FORMAT_VERSION = 4
@@ -247,6 +247,7 @@ def pack(
                 bad.append((index, not_finite(label, np.asarray(value))))
         try:
             check_species(atoms.numbers)
+            cell = used_cell(cell, pbc)
             edges, shifts = neighbor_list(positions, cell, pbc, cutoff)
         except InputError as error:
             raise InputError(f"{name}, frame {index}: {error}") from error

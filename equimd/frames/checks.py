@@ -23,19 +23,20 @@ def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
         species: Atomic numbers that the potential knows; None accepts every element.
 
     Raises:
-        InputError: if it is empty, has positions or a cell that are not finite, has an element that is not in
-            `species`, is periodic without a volume, or has two atoms within 0.01 Å of each other.
+        InputError: if it is empty, has positions or cell vectors of periodic directions that are not finite, has an
+            element that is not in `species`, is periodic without a volume, has two atoms within 0.01 Å of each other,
+            or a cell so small that atoms overlap their own periodic images.
     """
     if len(atoms) == 0:
         raise InputError("the structure is empty (0 atoms); accepted: 1 or more")
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if bad.size:
         raise InputError(f"the position of atom {bad[0]} is {atoms.positions[bad[0]]}; accepted: finite numbers")
-    if not np.isfinite(atoms.cell.array).all():
+    periodic = np.asarray(atoms.pbc, dtype=bool)
+    vectors = atoms.cell.array[periodic]  # what other directions say is ignored
+    if not np.isfinite(vectors).all():
         raise InputError(f"the cell is {atoms.cell.array.tolist()}; accepted: finite numbers")
     check_species(atoms.numbers, species)
-    periodic = np.asarray(atoms.pbc, dtype=bool)
-    vectors = atoms.cell.array[periodic]
     if periodic.any() and np.linalg.matrix_rank(vectors, tol=1e-6) < len(vectors):
         raise InputError(f"periodic along {periodic.tolist()} but the cell is {atoms.cell.array.tolist()}")
     pair, distance = closest_pair(atoms)
@@ -43,6 +44,9 @@ def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
         raise InputError(
             f"atoms {pair[0]} and {pair[1]} are {distance:.2g} Å apart; accepted: {COINCIDENT_DISTANCE} Å or more"
         )
+    from equimd.neighbors import check_images
+
+    check_images(atoms.numbers, atoms.cell.array, atoms.pbc)
 
 
 def check_species(numbers: np.ndarray, species: Sequence[int] | None = None) -> None:
@@ -73,12 +77,13 @@ def closest_pair(atoms: Atoms) -> tuple[tuple[int, int], float]:
         squared[np.diag_indices(n)] = np.inf
         i, j = np.unravel_index(squared.argmin(), squared.shape)
         return (int(i), int(j)), float(np.sqrt(squared[i, j]))
-    from equimd.neighbors import neighbor_list
+    from equimd.neighbors import neighbor_list, used_cell
 
-    edges, shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 1.2)
+    cell = used_cell(atoms.cell.array, atoms.pbc)
+    edges, shifts = neighbor_list(atoms.positions, cell, atoms.pbc, 1.2)
     if edges.shape[1] == 0:
         return (0, 0), float("inf")
-    vectors = atoms.positions[edges[1]] - atoms.positions[edges[0]] + shifts @ atoms.cell.array
+    vectors = atoms.positions[edges[1]] - atoms.positions[edges[0]] + shifts @ cell
     distances = np.linalg.norm(vectors, axis=1)
     edge = int(distances.argmin())
     return (int(edges[0, edge]), int(edges[1, edge])), float(distances[edge])
@@ -99,11 +104,13 @@ def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = Non
     with_energy: list[int] = []
     stress = 0.0
     virial_ratios: list[float] = []
+    images = ""
     closest = (float("inf"), 0)
     for place, atoms in enumerate(frames):
         index = place if indices is None else indices[place]
         distance = closest_pair(atoms)[1] if np.isfinite(atoms.positions).all() else 0.0
         closest = min(closest, (distance, index))
+        images = images or _image_message(atoms, index)
         labels = labels_of(atoms)
         if labels["forces"] is not None and len(atoms) > 1:
             squares += float((labels["forces"] ** 2).sum())
@@ -133,9 +140,22 @@ def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = Non
         messages.append(
             "the virial is far smaller than the forces suggest: is it a stress? see LabelKeys(stress='virial')"
         )
+    if images:
+        messages.append(images)
     if closest[0] < MINIMUM_DISTANCE:
         messages.append(f"two atoms of frame {closest[1]} are {closest[0]:.3g} Å apart: are positions in nm or Bohr?")
     return messages
+
+
+def _image_message(atoms: Atoms, index: int) -> str:
+    """About a cell that is smaller than an atom, or of no use at all."""
+    from equimd.neighbors import check_images
+
+    try:
+        check_images(atoms.numbers, atoms.cell.array, atoms.pbc)
+    except InputError as error:
+        return f"frame {index}: {error}"
+    return ""
 
 
 def _force_messages(rms: float, n_frames: int) -> list[str]:

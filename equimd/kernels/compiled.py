@@ -28,6 +28,16 @@ _by_name: dict[str, tuple[ModuleType, Kernel]] = {}  # the machine code lives as
 _lock = threading.RLock()
 
 
+def _after_fork() -> None:
+    """In the child: another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> Kernel:
     """The C function of ``codegen.kernel_source``, called with N_POINTERS addresses and a range; releases the GIL."""
     key = (kind, plan, n_channels, dtype)

@@ -22,6 +22,7 @@ from equimd.frames.transaction import recover
 from equimd.md.integrators import Integrator
 from equimd.md.output import Output, open_output
 from equimd.md.settings import MDSettings
+from equimd.neighbors import used_cell
 from equimd.origin import mark, origin_of
 from equimd.results import Provenance, Result, provenance, write_text_atomically
 from equimd.units import KB_EV_PER_K
@@ -253,6 +254,7 @@ def _prepared(atoms: Atoms, calculator: Any) -> Atoms:
     check_structure(atoms, getattr(_potential(calculator), "species", None))
     atoms = atoms.copy()
     atoms.info.pop("lossy", None)  # what a format rounded is where the run starts, and no longer rounded
+    atoms.set_cell(used_cell(atoms.cell.array, atoms.pbc))  # NaN in a vector that is ignored would not equal itself
     calculator.reset()
     atoms.calc = calculator
     return atoms

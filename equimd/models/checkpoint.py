@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from equimd.errors import InputError
+from equimd.kernels.ambient import building
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.potential import MAX_ATOMIC_NUMBER, Potential
 from equimd.models.transformer import TransformerPotential, TransformerSettings
@@ -114,6 +115,7 @@ def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[s
     return header, tensors
 
 
+@building()
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", dtype: str = "float32"
 ) -> tuple[Potential, dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equimd.errors import InputError
 from equimd.graph import AtomGraph
+from equimd.kernels.ambient import in_plain_torch
 from equimd.models.potential import Potential, PotentialSettings, Prediction
 
 
@@ -31,6 +32,7 @@ class EnsemblePotential(Potential):
 
     family: ClassVar[str] = "ensemble"
 
+    @in_plain_torch
     def __init__(self, members: Sequence[Potential]) -> None:
         if len(members) < 2:
             raise InputError(f"an ensemble of {len(members)} members has no spread; at least 2 are needed")
@@ -65,6 +67,7 @@ class EnsemblePotential(Potential):
         energies, forces = zip(*(m.atomic_energies_and_forces(graph, vectors) for m in self._members()), strict=True)
         return torch.stack(energies).mean(0), torch.stack(forces).mean(0)
 
+    @in_plain_torch
     def spread(self, graph: AtomGraph) -> Spread:
         """How far the members disagree about ``graph``; energies without their isolated atoms."""
         predictions = [m(graph) for m in self._members()]

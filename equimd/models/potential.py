@@ -6,6 +6,9 @@ stress from ONE gradient with respect to edge vectors: with g_ij = ∂E/∂r_ij 
 σ = (1/V) Σ_ij r_ij ⊗ g_ij (ASE's sign, tension positive, full 3×3).
 """
 
+import copy
+import os
+import pickle
 import statistics
 import threading
 from abc import ABC, abstractmethod
@@ -17,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from equimd.errors import InputError
-from equimd.graph import AtomGraph, derived, edge_vectors, has_reverse_edges
+from equimd.graph import AtomGraph, as_bytes, derived, edge_vectors, has_reverse_edges
 from equimd.kernels import Backend, Topology, fuses, make_topology
+from equimd.kernels.ambient import in_plain_torch, plain_torch
 from equimd.kernels.frozen import Geometry
 from equimd.models.radial import zbl_pair_energy
 
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from equimd.models.dual_training import Trainer
 
 MAX_ATOMIC_NUMBER = 118
-_FUSING = threading.Lock()  # several threads may ask for the same network at once
+_fusing = threading.Lock()  # several threads may ask for the same network at once
 
 
 class PotentialSettings(BaseModel):
@@ -187,6 +191,11 @@ class Potential(nn.Module, ABC):
             energies = energies.index_add(0, graph.edge_index[0], 0.5 * pair)
         return energies
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward``, whatever torch's default device, autocast and inference mode are where it is called."""
+        with plain_torch(keep_autocast=kwargs.get("create_graph", False)):
+            return super().__call__(*args, **kwargs)
+
     def forward(self, graph: AtomGraph, *, stress: bool = False, create_graph: bool = False) -> Prediction:
         """Energy, atomic energies, forces and (if asked) stress; ``create_graph`` keeps them differentiable."""
         kind = self.species_of(graph)
@@ -196,6 +205,8 @@ class Potential(nn.Module, ABC):
             relative = frozen.output * self.scale[kind] + self.shift[kind] + frozen.repulsion
             sigma = _per_volume(frozen.virial, graph) if stress else None
             return Prediction(self._total(graph, relative), relative, frozen.forces, sigma)
+        if any(isinstance(value, Tensor) and value.is_inference() for value in graph.to_dict().values()):
+            graph = graph.clone()  # autograd takes no tensors that were made in inference mode
         with torch.enable_grad():
             vectors = edge_vectors(graph, torch.float64)
             needs_gradient = stress or not self.direct_forces
@@ -267,6 +278,7 @@ class Potential(nn.Module, ABC):
         """
         return self._frozen() is not None
 
+    @in_plain_torch
     def frozen_network(self, graph: AtomGraph) -> FrozenOutput:
         """Outputs, forces and virial without autograd; edges beyond the cutoff cost next to nothing.
 
@@ -277,6 +289,7 @@ class Potential(nn.Module, ABC):
             raise TypeError(f"this {type(self).__name__} has no frozen network")
         return self._evaluate_frozen(network, graph, self.species_of(graph))
 
+    @in_plain_torch
     def profile(self, graph: AtomGraph, repeats: int = 10) -> dict[str, float]:
         """Median seconds of each part of one evaluation on one thread: "forward: layer 0: convolution" and so on.
 
@@ -325,7 +338,7 @@ class Potential(nn.Module, ABC):
         state = (*key, *((id(t), t.data_ptr(), t._version) for t in tensors))
         held = self._fused  # another thread may set it
         if held is None or held[0] != state:
-            with _FUSING:
+            with _fusing:
                 held = self._fused
                 if held is None or held[0] != state:
                     held = self._fused = (state, self._fuse())
@@ -334,6 +347,28 @@ class Potential(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is neither copied nor pickled."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_fused", "_trainer")}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled as bytes, see ``as_bytes``: another process has weights of its own, to train or to cast."""
+        return _potential_from_bytes, (type(self), as_bytes(self.__getstate__()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Potential":
+        """The default, which ``__reduce_ex__`` would replace."""
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __copy__(self) -> "Potential":
+        """The default, which ``__reduce_ex__`` would replace."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        return twin
+
+
+def _potential_from_bytes(kind: type[Potential], state: bytes) -> Potential:
+    potential = kind.__new__(kind)
+    potential.__setstate__(pickle.loads(state))
+    return potential
 
 
 def topology_of(graph: AtomGraph) -> Topology:
@@ -346,6 +381,16 @@ def geometry_of(graph: AtomGraph) -> Geometry:
     """What a frozen network reads of the graph."""
     arrays = (graph.positions, graph.edge_shifts, graph.cell, graph.batch)
     return Geometry(*(array.contiguous() for array in arrays))
+
+
+def _after_fork() -> None:
+    """In the child: another thread of the parent may have held the lock."""
+    global _fusing
+    _fusing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -376,12 +421,18 @@ def _profile_operations(call: Callable[[], Any], repeats: int) -> dict[str, floa
 
 
 def _edge_gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
-    """∂(Σ E_i)/∂r_ij (E, 3); zero where nothing depends on the vectors (isolated atoms)."""
-    total = energies.sum()
-    if not total.requires_grad:
+    """∂(Σ E_i)/∂r_ij (E, 3); of isolated atoms there is none.
+
+    Raises RuntimeError where there are edges and autograd does not lead back to them: forces would be zero.
+    """
+    if len(vectors) == 0:
         return torch.zeros_like(vectors)
-    (gradient,) = torch.autograd.grad(total, vectors, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(vectors) if gradient is None else gradient
+    total, gradient = energies.sum(), None
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, vectors, create_graph=create_graph, allow_unused=True)
+    if gradient is None:
+        raise RuntimeError("the energy was computed without autograd, so there are no forces; do not detach it")
+    return gradient
 
 
 def _scatter_forces(graph: AtomGraph, gradient: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from equimd import kernels, neighbors
 from equimd.errors import KernelWarning
 from equimd.graph import AtomGraph, batch_graphs, edge_vectors, make_graph
+from equimd.kernels.ambient import in_plain_torch
 from equimd.models.elements import COVALENT_RADII
 from equimd.models.potential import Potential, Prediction
 from equimd.rotations import random_rotations, rotate_back_vectors, rotate_vectors
@@ -60,6 +61,7 @@ class SelfCheckReport:
             raise SelfCheckError("self-check failed: " + "; ".join(self.messages))
 
 
+@in_plain_torch
 def self_check(potential: Potential) -> SelfCheckReport:
     """Check the potential, as it is loaded, on a small periodic structure of its own species.
 
@@ -102,6 +104,7 @@ def self_check(potential: Potential) -> SelfCheckReport:
     return SelfCheckReport(not messages, tuple(messages), deviations)
 
 
+@in_plain_torch
 def check_training_kernels(potential: Potential) -> None:
     """Compare the gradient of a loss with that of the reference kernels; use slower kernels, with a warning, if wrong.
 

@@ -10,6 +10,8 @@ For a potential E that is not invariant and rotations g_k with weights w_k:
   potential itself, conservative, and discontinuous (see ``inertia_frames``).
 """
 
+import copy
+import threading
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from equimd.errors import InputError
 from equimd.graph import AtomGraph, derived
+from equimd.kernels.ambient import in_plain_torch
 from equimd.models.potential import Potential, PotentialSettings, Prediction
 from equimd.models.radial import cosine_cutoff, safe_norm
 from equimd.rotations import (
@@ -31,6 +34,7 @@ from equimd.rotations import (
 
 MODES = ("average", "random", "canonical")
 _BLOCK = 256  # random rotations that are drawn at once
+_COUNTING = threading.Lock()  # threads that share a potential get a rotation each
 
 
 class SymmetrizedPotential(Potential):
@@ -51,6 +55,7 @@ class SymmetrizedPotential(Potential):
 
     family: ClassVar[str] = "symmetrized"
 
+    @in_plain_torch
     def __init__(
         self,
         inner: Potential,
@@ -100,8 +105,9 @@ class SymmetrizedPotential(Potential):
     def _next_sample(self) -> GroupSample:
         if self.mode == "average":
             return self.sample
-        rotation = self.random_rotation(self.n_calls)
-        self.n_calls += 1
+        with _COUNTING:
+            call, self.n_calls = self.n_calls, self.n_calls + 1
+        rotation = self.random_rotation(call)
         return GroupSample(rotation[None], np.ones(1), "random", None, self.inversion)
 
     def network(self, graph: AtomGraph, vectors: Tensor) -> Tensor:
@@ -139,7 +145,9 @@ def _rotate_edges(graph: AtomGraph, vectors: Tensor, rotations: Tensor) -> Tenso
 def _rotated_copies(graph: AtomGraph, rotations: Tensor) -> AtomGraph:
     """K rotated copies of S structures as one graph of K·S; its edges are made once per edge list of ``graph``."""
     k = len(rotations)
-    copies = derived(graph, f"copies_{k}", lambda: _copies(graph, k))
+    # What is kept has edges alone, and is not written to: another thread may be here with the same graph.
+    copies = copy.copy(derived(graph, f"copies_{k}", lambda: _copies(graph, k)))
+    copies.atomic_numbers, copies.pbc = graph.atomic_numbers.repeat(k), graph.pbc.repeat(k, 1)
     copies.positions = rotate_vectors(graph.positions.expand(k, -1, -1), rotations).reshape(-1, 3)
     copies.cell = rotate_vectors(graph.cell.expand(k, -1, -1, -1), rotations.unsqueeze(1)).reshape(-1, 3, 3)
     return copies
@@ -150,11 +158,10 @@ def _copies(graph: AtomGraph, k: int) -> AtomGraph:
     copies = AtomGraph(
         edge_index=graph["edge_index"].repeat(1, k) + graph.n_atoms * number.repeat_interleave(graph.n_edges),
         edge_shifts=graph.edge_shifts.repeat(k, 1),
-        atomic_numbers=graph.atomic_numbers.repeat(k),
         batch=graph["batch"].repeat(k) + graph.n_systems * number.repeat_interleave(graph.n_atoms),
-        pbc=graph.pbc.repeat(k, 1),
     )
     copies.n_systems = k * graph.n_systems
+    derived(copies, "copies", lambda: None)  # makes room for what is derived, which shallow copies share
     return copies
 
 

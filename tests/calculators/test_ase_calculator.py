@@ -243,9 +243,9 @@ def test_molecular_dynamics_reuses_the_graph():
     atoms = ethanol()
     atoms.calc = calculator()
     atoms.get_forces()
-    graph = atoms.calc._evaluator._graph
+    graph = atoms.calc._evaluator._kept[1]
     VelocityVerlet(atoms, 0.1 * units.fs).run(5)
-    assert atoms.calc._evaluator._graph is graph
+    assert atoms.calc._evaluator._kept[1] is graph
     assert atoms.calc._evaluator.n_calls == 6
     assert atoms.calc._evaluator.list.n_builds == 1
 
@@ -470,9 +470,9 @@ def with_charges():
     return atoms
 
 
-def with_moments():
+def with_moments(first=1.0):
     atoms = ethanol()
-    atoms.set_initial_magnetic_moments([1.0] + [0.0] * 8)
+    atoms.set_initial_magnetic_moments([first] + [0.0] * 8)
     return atoms
 
 
