@@ -278,16 +278,6 @@ def test_system_is_read_by_another_process_without_an_import_of_ours(folder, tmp
     assert float(out.stdout) * KJ_PER_MOL_IN_EV == pytest.approx(wanted, rel=1e-12)
 
 
-def test_a_potential_object_computes_but_is_not_serialised():
-    atoms = ethanol()
-    system = system_of(atoms, toys.ToyPotential(), precision="double")
-    energy = ask(context_of(system, atoms.positions))[0]
-    calc = EquimdCalculator(toys.ToyPotential(), device="cpu", dtype="float64")
-    assert energy == pytest.approx(calc.get_potential_energy(atoms), rel=1e-12)
-    with pytest.raises(openmm.OpenMMException, match="pickled"):
-        openmm.XmlSerializer.serialize(system)
-
-
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
