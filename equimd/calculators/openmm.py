@@ -174,10 +174,10 @@ def engine_frame(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     without a volume.
     """
     cell = np.asarray(cell, dtype=np.float64)
-    lengths = np.linalg.norm(cell, axis=-1)
-    if cell.shape != (3, 3) or not abs(np.linalg.det(cell)) > _SINGULAR * lengths.prod() > 0:
+    volume = np.linalg.det(cell) if cell.shape == (3, 3) and np.isfinite(cell).all() else 0.0
+    if not abs(volume) > _SINGULAR * np.linalg.norm(cell, axis=-1).prod():
         raise InputError(f"cell is {cell.tolist()}; three linearly independent vectors are accepted")
-    right_handed = cell * np.sign(np.linalg.det(cell))
+    right_handed = cell * np.sign(volume)
     # cell = L Q with L lower triangular: QR of the transpose.
     q, r = np.linalg.qr(right_handed.T)
     signs = np.sign(np.diag(r))
