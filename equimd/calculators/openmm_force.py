@@ -9,7 +9,6 @@ with a ``CustomCVForce``. A copy loads the potential at its first call, sees tha
 checks.
 """
 
-import copy
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,9 +196,9 @@ class EquimdForce:
 
 
 def _portable(model: "str | Path | Potential") -> "str | Potential":
-    """A shipped potential's name, an absolute path, or a copy of the object: what another folder or Context can use."""
+    """A shipped potential's name, an absolute path, or the object: what another folder or Context can use."""
     if not isinstance(model, str | Path):
-        return copy.deepcopy(model)
+        return model  # copied where it is loaded, and pickled when the PythonForce is made
     from equimd.models.checkpoint import find_potential, shipped_folder
 
     found = find_potential(model)
