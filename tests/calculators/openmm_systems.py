@@ -13,7 +13,7 @@ from openmm.app import Element, Topology
 from openmmml import MLPotential
 
 from equimd.calculators.openmm_entry import EquimdPotentialImplFactory
-from equimd.models.checkpoint import build_potential, save_checkpoint
+from equimd.models.checkpoint import build_potential, list_potentials, save_checkpoint
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.transformer import TransformerSettings
 
@@ -91,5 +91,6 @@ def isolated(atoms: Atoms) -> float:
     return sum(toys.ISOLATED[int(z)] for z in atoms.numbers)
 
 
-# By the entry point where equimd is installed; by hand where it only lies on the path.
-MLPotential.registerImplFactory("equimd", EquimdPotentialImplFactory())
+# By the entry points where equimd is installed; by hand where it only lies on the path.
+for _name in ("equimd", *list_potentials()):
+    MLPotential.registerImplFactory(_name, EquimdPotentialImplFactory())

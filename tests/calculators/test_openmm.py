@@ -200,7 +200,7 @@ def many_cells():
     yield np.array([[-5, -5, 5], [-10, -10, 2.5], [-2.5, 0, -10]])
     hexagonal = np.array([[1, 0, 0], [-0.5, 0.75**0.5, 0], [0, 0, 1.3]])
     faces, body = np.ones((3, 3)) - np.eye(3), np.ones((3, 3)) - 2 * np.eye(3)
-    for _ in range(400):
+    for _ in range(200):
         yield 2.5 * rng.integers(-4, 5, (3, 3))
         yield rng.normal(size=(3, 3)) * 10 ** rng.uniform(-2, 3)
         for cell in (hexagonal, faces, body):
