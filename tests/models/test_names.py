@@ -16,7 +16,7 @@ from equimd.calculators.loading import potential_name
 from equimd.calculators.openmm_entry import EquimdPotentialImplFactory
 from equimd.calculators.openmm_force import EquimdForce
 from equimd.cli.common import read_structure
-from equimd.compare import start_structure
+from equimd.comparison import start_structure
 from equimd.errors import InputError, NameWarning
 from equimd.models import checkpoint
 from equimd.models.checkpoint import build_potential, find_potential, load_potential, save_checkpoint
