@@ -11,3 +11,7 @@ class FailedError(RuntimeError):
 
 class KernelWarning(RuntimeWarning):
     """Compiled kernels are wrong or missing here, and slower ones take their place."""
+
+
+class NameWarning(UserWarning):
+    """A name could mean two things; the message says which one was taken and how to write the other."""

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -158,15 +157,14 @@ class EquimdCalculator(Calculator):
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides every prediction to the last bit: SHA-256 of the weights, precision, kernels, symmetrisation."""
-        weights = hashlib.sha256()
-        for key, tensor in self._base.state_dict().items():
-            weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        from equimd.calculators.loading import weights_hash
+
         symmetrize = dict(self._symmetrize) if isinstance(self._symmetrize, Mapping) else self._symmetrize
         return {
             "name": self.name,
             "dtype": self.dtype,
             "symmetrize": symmetrize,
-            "weights": weights.hexdigest(),
+            "weights": weights_hash(self._base),
             "kernels": self._base.kernel_backend,
         }
 

@@ -1,6 +1,8 @@
 """From what the user names (a potential, a device, a precision) to a module that is ready to compute."""
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,18 +77,56 @@ def _outside_inference_mode(module: Potential) -> Potential:
 
 
 def potential_name(name_or_path: str | Path) -> str:
-    """What tables call it: the folder's name for ``<folder>/model.safetensors``, else the file's without ending."""
+    """What tables call it: the folder's name for ``<folder>/model.safetensors``, else the file's without ending.
+
+    A path to another potential of a shipped one's name keeps its last folder: ``runs/water-equivariant``.
+    """
+    from equimd.models.checkpoint import MODEL_FILE, shipped_folder
+
     path = Path(name_or_path)
+    if shipped_folder(name_or_path, quiet=True) is not None:
+        return path.name
     if path.suffix == ".safetensors":
-        return path.resolve().parent.name if path.stem == "model" else path.stem
-    return path.name or path.resolve().name
+        file, path = path, path.with_suffix("") if path.stem != "model" else path.resolve().parent
+    else:
+        file = path / MODEL_FILE
+    name = path.name or path.resolve().name
+    shipped = shipped_folder(name, quiet=True)
+    if shipped is None or (file.exists() and file.samefile(shipped / MODEL_FILE)):
+        return name
+    return f"{path.resolve().parent.name}/{name}"
+
+
+def weights_hash(potential: Potential) -> str:
+    """SHA-256 of names and values of all weights, as they are on the device."""
+    digest = hashlib.sha256()
+    for key, tensor in potential.state_dict().items():
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(potential: Potential) -> str:
+    """SHA-256 of all that decides predictions: weights, settings, species and energies of isolated atoms."""
+    digest = hashlib.sha256(weights_hash(potential).encode())
+    for part in potential.modules():
+        if isinstance(part, Potential):
+            energies = sorted((z, float(e)) for z, e in part.isolated_atom_energies.items())
+            settings = part.settings.model_dump_json(exclude_defaults=True)  # so that a later version may add settings
+            digest.update(f"{part.family} {settings} {part.species} {energies}".encode())
+    return digest.hexdigest()
 
 
 def symmetrized(potential: Potential, mode: str | Mapping[str, Any] | None) -> Potential:
-    """The potential, wrapped where symmetry is to be restored at inference."""
+    """The potential, wrapped if symmetry is to be restored at inference."""
     if mode is None:
         return potential
     from equimd.models.symmetrized import SymmetrizedPotential
 
+    if not isinstance(mode, str | Mapping):
+        raise InputError(f"symmetrize is {mode!r}; accepted are None, a mode, or a mapping with settings")
     options: dict[str, Any] = {"mode": mode} if isinstance(mode, str) else dict(mode)
+    accepted = list(inspect.signature(SymmetrizedPotential).parameters)[1:]
+    unknown = [key for key in options if key not in accepted]
+    if unknown:
+        raise InputError(f"symmetrize has {unknown[0]!r}; accepted are {', '.join(accepted)}")
     return SymmetrizedPotential(potential, **options)

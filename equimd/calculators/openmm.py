@@ -1,4 +1,4 @@
-"""Potentials in OpenMM, through openmmml's entry point and ``openmm.PythonForce``.
+"""Potentials in OpenMM, through openmmml's entry point and ``openmm.PythonForce``; see docs/openmm.md.
 
 ``MLPotential("equimd", modelPath="alanine-dipeptide-equivariant").createSystem(topology, precision="single")`` works
 without an import of ours. OpenMM demands box vectors in reduced form, which turns most cells; a potential without
@@ -6,25 +6,48 @@ rotational symmetry would change its answer. ``engine_frame`` gives the reduced 
 ``createSystem(topology, rotation=R)`` evaluates in the user's frame.
 """
 
+import copy
+import difflib
+import math
+import operator
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from openmm import PythonForce, State, System, unit
+from openmm import PythonForce, System
 from openmm.app import Topology
+from openmmml.embeddings.mechanicalembedding import MechanicalEmbedding
 from openmmml.mlpotential import MLPotentialImpl
 
+from equimd.calculators.openmm_force import EquimdForce
 from equimd.errors import InputError
-from equimd.rotations import rotate_back_vectors, rotate_vectors
-from equimd.units import KJ_PER_MOL, NM
 
 if TYPE_CHECKING:
-    from equimd.calculators.evaluator import Evaluator
+    import torch
+
     from equimd.models.potential import Potential
+
+__all__ = ["EquimdForce", "EquimdPotentialImpl", "engine_frame"]
 
 _PRECISIONS = {"single": "float32", "double": "float64"}
 _ENERGY_TYPES = ("energy", "interaction_energy")
+_OPTIONS = (
+    "precision",
+    "device",
+    "returnEnergyType",
+    "rotation",
+    "symmetrize",
+    "skin",
+    "selfCheck",
+    "charge",
+    "multiplicity",
+)
+# Names from elsewhere for what we call otherwise.
+_OTHER_NAMES = {"dtype": "precision", "spin": "multiplicity", "totalspin": "multiplicity", "totalcharge": "charge"}
+_OTHER_NAMES |= {"netcharge": "charge", "interactionenergy": "returnEnergyType"}
+_SINGULAR = 1e-10  # of the volume of an orthogonal cell: less is what rounding leaves of dependent vectors
 
 
 class EquimdPotentialImpl(MLPotentialImpl):
@@ -39,171 +62,169 @@ class EquimdPotentialImpl(MLPotentialImpl):
         system: System,
         atoms: Iterable[int] | None,
         forceGroup: int,
-        precision: str = "single",
+        precision: str | None = "single",
+        device: "str | torch.device | None" = "auto",
         returnEnergyType: str = "energy",
         rotation: np.ndarray | None = None,
         symmetrize: Any = None,
         skin: float = 0.5,
         selfCheck: bool = True,
+        charge: float | None = None,
+        multiplicity: float | None = None,
         **args: Any,
     ) -> None:
         """Add the force; called by ``createSystem`` and ``createMixedSystem``.
 
         Args:
             topology: Says which elements, and whether anything is periodic.
-            system: Receives the force; counts as periodic, too, where one of its forces is.
+            system: Receives the force; counts as periodic, too, if one of its forces is.
             atoms: Indices of the atoms the potential sees; None for all.
             forceGroup: Group of the force.
-            precision: "single" or "double".
+            precision: "single" or "double"; None is "single".
+            device: "auto", "cpu", "cuda", "cuda:1", … or a torch.device; None is "auto".
             returnEnergyType: "energy" contains the isolated atoms, as ASE's does; "interaction_energy" does not.
             rotation: Proper or improper R (3, 3) from the user's frame to the engine's (see ``engine_frame``); the
                 potential is evaluated in the user's.
             symmetrize: As for EquimdCalculator.
             skin: Width of the Verlet skin in Å.
-            selfCheck: Check the potential now, as EquimdCalculator does.
-            args: device ("auto", "cpu", "cuda", or a torch.device), charge, multiplicity.
+            selfCheck: Check the potential now, as EquimdCalculator does, and wherever a copy of the force loads it.
+            charge: Total charge in e; refused if the potential was trained on another.
+            multiplicity: 2S + 1; refused if the potential was trained on another.
+            args: Options of openmmml and of its embeddings, which are ignored.
 
         Raises:
-            InputError: for an option or an element that is not known, a site without an element, or a charge that the
-                potential was not trained on.
+            InputError: for a bad value, an option that is nearly one of these, indices that are not those of atoms, an
+                element that is not known, a site without an element, or a charge that the potential was not trained on.
         """
-        device = str(args.pop("device", "auto"))
-        electrons = {key: args.pop(key) for key in ("charge", "multiplicity") if key in args}
-        if args:
-            raise InputError(
-                f"createSystem got {', '.join(sorted(args))}; accepted are precision, device, returnEnergyType, "
-                "rotation, symmetrize, skin, selfCheck, charge, multiplicity"
-            )
+        _refuse_near_misses(args)
+        precision = "single" if precision is None else precision
         if precision not in _PRECISIONS:
             raise InputError(f"precision is {precision!r}; accepted are {' and '.join(_PRECISIONS)}")
         if returnEnergyType not in _ENERGY_TYPES:
             raise InputError(f"returnEnergyType is {returnEnergyType!r}; accepted are {' and '.join(_ENERGY_TYPES)}")
-        indices = None if atoms is None else [int(k) for k in atoms]
+        if not (isinstance(skin, Real) and 0 <= skin < math.inf):
+            raise InputError(f"skin is {skin!r}; a number of Å, zero or more, is accepted")
+        n_atoms = topology.getNumAtoms()
+        if system.getNumParticles() not in (0, n_atoms):  # openmmml adds ours to an empty system before it interpolates
+            raise InputError(f"the topology has {n_atoms} atoms and the system {system.getNumParticles()} particles")
+        indices = None if atoms is None else _checked_indices(atoms, n_atoms)
         periodic = topology.getPeriodicBoxVectors() is not None or system.usesPeriodicBoundaryConditions()
+        # In OpenMM 8.6.1 a force that is not periodic gets wrong positions of a subset if the system is: it gets all.
+        ours = indices is not None and not periodic
         compute = EquimdForce(
             self.model,
             _numbers(topology, indices),
-            device=device,
+            particles=np.array(indices) if ours else None,
+            device="auto" if device is None else str(device),
             dtype=_PRECISIONS[precision],
             periodic=periodic,
             rotation=None if rotation is None else _checked_rotation(rotation),
             symmetrize=symmetrize,
-            skin=skin,
+            skin=float(skin),
             interaction_energy=returnEnergyType == "interaction_energy",
+            self_check=bool(selfCheck),
+            electrons={"charge": _number("charge", charge), "multiplicity": _number("multiplicity", multiplicity)},
         )
-        compute.prepare(selfCheck, electrons)
+        compute.prepare()
         force = PythonForce(compute)
         force.setName("EquimdForce")
         force.setForceGroup(forceGroup)
         force.setUsesPeriodicBoundaryConditions(periodic)
-        if indices is not None:
+        if indices is not None and not ours:
             force.setParticles(indices)
         system.addForce(force)
+
+    def createMixedSystem(
+        self,
+        topology: Topology,
+        system: System,
+        atoms: list[int],
+        forceGroup: int,
+        interpolate: bool,
+        embedding: str,
+        returnInfo: bool = False,
+        **args: Any,
+    ) -> System | dict[str, Any]:
+        """openmmml's mechanical embedding of a subset that is periodic if the system is, interpolated or not.
+
+        For interpolation openmmml adds our force to an empty system, where only the topology says what is periodic.
+        """
+        indices = _checked_indices(atoms, topology.getNumAtoms())
+        if topology.getPeriodicBoxVectors() is None and system.usesPeriodicBoundaryConditions():
+            topology = copy.deepcopy(topology)
+            topology.setPeriodicBoxVectors(system.getDefaultPeriodicBoxVectors())
+        return MechanicalEmbedding().createMixedSystem(
+            self, topology, system, indices, forceGroup, interpolate, returnInfo=returnInfo, **args
+        )
+
+    def getSupportedEmbeddings(self) -> list[str]:
+        """The embedding that is done here."""
+        return ["mechanical"]
 
     def getMLLongRange(self) -> bool:
         """Interactions end at the cutoff."""
         return False
 
 
-class EquimdForce:
-    """The function inside the PythonForce: a State in, energy (kJ/mol, a float) and forces (N, 3) (kJ/mol/nm) out.
-
-    OpenMM asks for energy and forces separately; the second question at the same positions is answered from memory.
-    Pickled without the potential, which is loaded again by its name or path on the first call.
-    """
-
-    def __init__(
-        self,
-        model: "str | Path | Potential",
-        numbers: np.ndarray,
-        *,
-        device: str = "auto",
-        dtype: str = "float32",
-        periodic: bool = False,
-        rotation: np.ndarray | None = None,
-        symmetrize: Any = None,
-        skin: float = 0.5,
-        interaction_energy: bool = False,
-    ) -> None:
-        if isinstance(model, str | Path) and Path(model).exists():
-            model = str(Path(model).resolve())  # so that it is found from another folder
-        self.model, self.numbers = str(model) if isinstance(model, Path) else model, numbers
-        self.device, self.dtype, self.periodic = device, dtype, periodic
-        self.rotation, self.symmetrize, self.skin = rotation, symmetrize, skin
-        self.interaction_energy = interaction_energy
-        self._evaluator: Evaluator | None = None
-        self._last: tuple[np.ndarray, np.ndarray, float, np.ndarray] | None = None
-
-    def prepare(self, self_check: bool = False, electrons: dict[str, float] | None = None) -> "Evaluator":
-        """Load the potential, check it and the atoms it is meant for."""
-        from equimd.calculators.electrons import check_electrons
-        from equimd.calculators.evaluator import Evaluator
-        from equimd.calculators.loading import resolve, symmetrized
-
-        base, _, header = resolve(self.model, self.device, self.dtype)
-        if self_check:
-            from equimd.models.selfcheck import self_check as check
-
-            check(base).raise_if_failed()
-        check_electrons(header, **(electrons or {}))
-        evaluator = Evaluator(symmetrized(base, self.symmetrize), self.skin)
-        evaluator.check_numbers(self.numbers)
-        self._evaluator = evaluator
-        return evaluator
-
-    def __call__(self, state: State) -> tuple[float, np.ndarray]:
-        """Energy and forces at the positions (and box vectors) of ``state``."""
-        positions = _in_angstrom(state.getPositions(asNumpy=True))
-        cell = np.zeros((3, 3))
-        if self.periodic:
-            cell = _in_angstrom(state.getPeriodicBoxVectors(asNumpy=True))
-        last = self._last
-        if last is None or not (np.array_equal(last[0], positions) and np.array_equal(last[1], cell)):
-            energy, forces = self._compute(positions, cell)
-            last = self._last = (np.array(positions), np.array(cell), energy, forces)
-        return last[2], last[3].copy()
-
-    def _compute(self, positions: np.ndarray, cell: np.ndarray) -> tuple[float, np.ndarray]:
-        from equimd.calculators.evaluator import Structure
-
-        evaluator = self._evaluator or self.prepare()
-        if self.rotation is not None:
-            positions, cell = rotate_back_vectors(positions, self.rotation), rotate_back_vectors(cell, self.rotation)
-        outcome = evaluator.evaluate(Structure(positions, self.numbers, cell, np.full(3, self.periodic)))
-        forces = outcome.forces if self.rotation is None else rotate_vectors(outcome.forces, self.rotation)
-        energy = outcome.energy - (evaluator.isolated_energy(self.numbers) if self.interaction_energy else 0.0)
-        return float(energy / KJ_PER_MOL), np.ascontiguousarray(forces * (NM / KJ_PER_MOL))
-
-    def __getstate__(self) -> dict[str, Any]:
-        if not isinstance(self.model, str):
-            raise TypeError(
-                "a force made from a Potential object cannot be serialised; give modelPath a name or a path"
-            )
-        return {**self.__dict__, "_evaluator": None, "_last": None}
-
-
 def engine_frame(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Box vectors (3, 3) in OpenMM's reduced form and the rotation R (3, 3) that takes the user's frame to theirs.
 
     The box spans the same lattice as ``cell @ R.T``; positions go to the engine as ``positions @ R.T``, same unit.
-    Left-handed cells are inverted first (the lattice stays), so R is always proper.
+    Left-handed cells are inverted first (the lattice stays), so R is always proper. Raises InputError for a cell
+    without a volume.
     """
     cell = np.asarray(cell, dtype=np.float64)
-    if cell.shape != (3, 3) or not abs(np.linalg.det(cell)) > 0:
+    volume = np.linalg.det(cell) if cell.shape == (3, 3) and np.isfinite(cell).all() else 0.0
+    if not abs(volume) > _SINGULAR * np.linalg.norm(cell, axis=-1).prod():
         raise InputError(f"cell is {cell.tolist()}; three linearly independent vectors are accepted")
-    right_handed = cell * np.sign(np.linalg.det(cell))
+    right_handed = cell * np.sign(volume)
     # cell = L Q with L lower triangular: QR of the transpose.
     q, r = np.linalg.qr(right_handed.T)
     signs = np.sign(np.diag(r))
-    box, rotation = (r.T * signs), (q * signs).T
-    box[2] -= box[1] * np.round(box[2, 1] / box[1, 1])
-    box[2] -= box[0] * np.round(box[2, 0] / box[0, 0])
-    box[1] -= box[0] * np.round(box[1, 0] / box[0, 0])
-    return np.tril(box), rotation
+    box, rotation = np.tril(r.T * signs), (q * signs).T
+    for row, column in ((2, 1), (2, 0), (1, 0)):
+        box[row] -= box[column] * np.round(box[row, column] / box[column, column])
+    for row, column in ((2, 1), (2, 0), (1, 0)):  # OpenMM accepts half a vector, and not a rounding error more
+        half = 0.5 * box[column, column]
+        box[row, column] = np.clip(box[row, column], -half, half)
+    return box, rotation
 
 
-def _in_angstrom(quantity: Any) -> np.ndarray:
-    return NM * np.asarray(quantity.value_in_unit(unit.nanometer))  # type: ignore[attr-defined]
+def _refuse_near_misses(args: dict[str, Any]) -> None:
+    """Refuse what was probably meant for us; openmmml and its embeddings have options of their own."""
+    plain = {name.lower(): name for name in _OPTIONS} | _OTHER_NAMES
+    for name in args:
+        near = difflib.get_close_matches(name.lower().replace("_", ""), plain, n=1, cutoff=0.75)
+        if near:
+            raise InputError(
+                f"createSystem got {name}; did you mean {plain[near[0]]}? accepted are {', '.join(_OPTIONS)}, and what "
+                "openmmml itself accepts"
+            )
+
+
+def _checked_indices(atoms: Iterable[int], n_atoms: int) -> list[int]:
+    """Indices as integers; refused unless each is that of an atom and comes once."""
+    indices = []
+    for k in atoms:
+        try:
+            index = -1 if isinstance(k, bool | np.bool_) else operator.index(k)
+        except TypeError:
+            index = -1
+        if not 0 <= index < n_atoms:
+            raise InputError(f"atoms holds {k!r}; accepted are whole numbers from 0 to {n_atoms - 1}")
+        indices.append(index)
+    if len(set(indices)) < len(indices):
+        twice = next(index for index in indices if indices.count(index) > 1)
+        raise InputError(f"atoms holds {twice} more than once; each atom is accepted once")
+    if not indices:
+        raise InputError("atoms is empty; at least one atom is accepted, or None for all")
+    return indices
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is not None and not isinstance(value, Real):
+        raise InputError(f"{name} is {value!r}; a number or None is accepted")
+    return value if value is None else float(value)
 
 
 def _numbers(topology: Topology, indices: list[int] | None) -> np.ndarray:
@@ -215,8 +236,11 @@ def _numbers(topology: Topology, indices: list[int] | None) -> np.ndarray:
     return np.array([atom.element.atomic_number for atom in chosen], dtype=np.int64)
 
 
-def _checked_rotation(rotation: np.ndarray) -> np.ndarray:
-    matrix = np.asarray(rotation, dtype=np.float64)
+def _checked_rotation(rotation: Any) -> np.ndarray:
+    try:
+        matrix = np.asarray(rotation, dtype=np.float64)
+    except (TypeError, ValueError):
+        matrix = np.empty(0)
     if matrix.shape != (3, 3) or not np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-8):
-        raise InputError(f"rotation is {matrix.tolist()}; an orthogonal 3×3 matrix is accepted")
+        raise InputError(f"rotation is {np.asarray(rotation).tolist()}; an orthogonal 3×3 matrix is accepted")
     return matrix

@@ -115,13 +115,11 @@ def _pairs(option: str, texts: list[str] | None, target: type) -> dict[str, Any]
 
 
 def read_structure(name: str, select: str | None = None, no_pbc: bool = False) -> Any:
-    """The first structure of a file, or the ``start.xyz`` of a potential that has this name."""
-    path = Path(name)
-    if not path.exists():
-        from equimd.models.checkpoint import find_potential, list_potentials
+    """The first structure of a file, or the ``start.xyz`` of the shipped potential that has this name."""
+    from equimd.models.checkpoint import shipped_folder
 
-        if name in list_potentials():
-            path = find_potential(name) / "start.xyz"
+    shipped = shipped_folder(name)
+    path = Path(name) if shipped is None else shipped / "start.xyz"
     return next(iter(open_frames(path, None, None, None, select=select, no_pbc=no_pbc)))
 
 

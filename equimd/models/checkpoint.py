@@ -6,6 +6,8 @@ with ``ensemble.json``, whose ``members`` are such folders inside. The folder th
 
 import difflib
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from equimd.errors import InputError
+from equimd.errors import InputError, NameWarning
 from equimd.kernels.ambient import building
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
 from equimd.models.potential import MAX_ATOMIC_NUMBER, Potential
@@ -190,25 +192,52 @@ def list_potentials() -> list[str]:
     return sorted({file.parent.name for folder in registry_folders() for file in folder.glob(f"*/{MODEL_FILE}")})
 
 
-def find_potential(name_or_path: str | Path) -> Path:
-    """The folder of a named potential, or the folder or .safetensors file that a path names.
+def shipped_folder(name_or_path: str | Path, beside: str | Path = "", quiet: bool = False) -> Path | None:
+    """The folder of the shipped potential that a bare name stands for; None for every other name and for paths.
+
+    A bare name is that of a shipped potential first, and ``./name`` is a path. A file or folder of the same name in
+    ``beside`` (by default the working directory) is then not used, and a NameWarning says so unless ``quiet``. A
+    ``Path`` drops its ``./``, so it means the file or folder if there is one.
+    """
+    text = str(name_or_path)
+    if Path(text).name != text or text not in list_potentials():
+        return None
+    found = next(folder / text for folder in registry_folders() if (folder / text / MODEL_FILE).is_file())
+    rival = Path(beside, text)
+    if not rival.exists() or rival.samefile(found):
+        return found
+    if isinstance(name_or_path, Path):
+        return None
+    if not quiet:
+        there = rival if str(beside) not in ("", ".") else f"./{text}"
+        warnings.warn(
+            f"{text!r} is the potential that comes with equimd, and {there} is not used; write './{text}' for that",
+            NameWarning,
+            stacklevel=1,
+        )
+    return found
+
+
+def find_potential(name_or_path: str | Path, beside: str | Path = "") -> Path:
+    """The folder of a shipped potential, or the folder or .safetensors file at a path; see ``shipped_folder``.
+
+    Relative paths start at ``beside``, by default the working directory.
 
     Raises:
         InputError: for an unknown name, with the nearest and all available ones.
     """
     text = str(name_or_path)
-    if text and Path(text).name == text:
-        for folder in registry_folders():
-            if (folder / text / MODEL_FILE).is_file():
-                return folder / text
-    path = Path(name_or_path)
-    if text and path.is_file():
+    shipped = shipped_folder(name_or_path, beside)
+    if shipped is not None:
+        return shipped
+    path = Path(beside, name_or_path)
+    if text and os.path.isfile(path):  # unlike Path's, it takes any text
         return path
-    if text and any((path / file).is_file() for file in (MODEL_FILE, ENSEMBLE_FILE)):
+    if text and any(os.path.isfile(path / file) for file in (MODEL_FILE, ENSEMBLE_FILE)):
         return path
     names = list_potentials()
-    if path.is_dir() and text:
-        raise InputError(f"the folder {text} holds neither {MODEL_FILE} nor {ENSEMBLE_FILE}")
+    if text and os.path.isdir(path):
+        raise InputError(f"the folder {path} holds neither {MODEL_FILE} nor {ENSEMBLE_FILE}")
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     known = ", ".join(names) or "none installed"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from equimd.errors import InputError
 from equimd.models.auxiliary import lacking
-from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, list_potentials, read_tensors
+from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, read_tensors
 from equimd.models.transformer import TransformerSettings
 from equimd.training.sections import (
     AugmentationSection,
@@ -171,7 +171,7 @@ def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str
 
 def parent_file(checkpoint: str, folder: Path) -> Path:
     """The file of a potential that is shipped under this name, or that lies at this path, relative to ``folder``."""
-    found = find_potential(checkpoint if checkpoint in list_potentials() else folder / checkpoint)
+    found = find_potential(checkpoint, folder)
     return found / MODEL_FILE if found.is_dir() else found
 
 

@@ -1,111 +1,44 @@
-"""OpenMM through openmmml's entry point: equal to the ASE calculator, memoised, serialisable, in the user's frame."""
+"""OpenMM through openmmml's entry point: equal to the ASE calculator, memoised, in the user's frame."""
 
-import copy
-import pickle
-import subprocess
-import sys
+import tomllib
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import openmm
 import pytest
-import torch
 import toys
 from ase import Atoms
-from ase.build import molecule
 from openmm import unit
-from openmm.app import Element, Topology
+from openmm_systems import (
+    PRECISION,
+    SETTINGS,
+    TOLERANCE,
+    ask,
+    box,
+    context_of,
+    ethanol,
+    isolated,
+    save_potentials,
+    system_of,
+    topology_of,
+)
 from openmmml import MLPotential
 
 from equimd.calculators.ase import EquimdCalculator
 from equimd.calculators.openmm import EquimdForce, engine_frame
 from equimd.calculators.openmm_entry import EquimdPotentialImplFactory
 from equimd.errors import InputError
-from equimd.models.checkpoint import build_potential, save_checkpoint
-from equimd.models.equivariant import EquivariantSettings
+from equimd.models.checkpoint import list_potentials
 from equimd.models.selfcheck import SelfCheckError
-from equimd.models.transformer import TransformerSettings
 from equimd.rotations import random_rotations, rotate_vectors
 
-KJ_PER_MOL_IN_EV = 0.010364269656262  # independent of equimd.units
-SPECIES = (1, 6, 8)
-SETTINGS = {
-    "equivariant": EquivariantSettings(n_layers=2, n_channels=4, l_max=2, cutoff=3.5, avg_num_neighbors=10.0),
-    "transformer": TransformerSettings(d_model=16, n_heads=2, d_feedforward=16, cutoff=3.5),
-}
-PRECISION = {"single": "float32", "double": "float64"}
-TOLERANCE = {"single": 1e-6, "double": 1e-10}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a small potential of each family."""
-    path = tmp_path_factory.mktemp("potentials")
-    for name, settings in SETTINGS.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            (path / name).mkdir()
-            potential = build_potential(settings, SPECIES, toys.ISOLATED)
-        save_checkpoint(path / name / "model.safetensors", potential, {})
-    return path
-
-
-def ethanol() -> Atoms:
-    atoms = molecule("CH3CH2OH")
-    atoms.rattle(0.05, rng=np.random.default_rng(0))
-    return atoms
-
-
-def box() -> Atoms:
-    """Four molecules in a reduced triclinic box, shorter in one direction than twice the cutoff."""
-    cell = np.array([[6.5, 0.0, 0.0], [1.5, 6.0, 0.0], [-0.7, 0.8, 6.2]])
-    atoms = Atoms(cell=cell, pbc=True)
-    for k, shift in enumerate(([0.5, 0.5, 0.5], [3.7, 0.8, 3.0], [1.0, 3.6, 3.4], [3.9, 3.8, 0.4])):
-        water = molecule("H2O")
-        water.rotate(40.0 * k, "x")
-        water.positions += shift
-        atoms += water
-    return atoms
-
-
-def topology_of(atoms: Atoms) -> Topology:
-    topology = Topology()
-    residue = topology.addResidue("MOL", topology.addChain())
-    for number in atoms.numbers:
-        topology.addAtom("A", Element.getByAtomicNumber(int(number)), residue)
-    if atoms.pbc.any():
-        topology.setPeriodicBoxVectors((atoms.cell.array / 10) * unit.nanometer)
-    return topology
-
-
-def context_of(system: openmm.System, positions: np.ndarray) -> openmm.Context:
-    # The reference platform computes in double precision; the others would round forces to single.
-    platform = openmm.Platform.getPlatformByName("Reference")
-    context = openmm.Context(system, openmm.VerletIntegrator(0.0005), platform)
-    context.setPositions(positions / 10)
-    return context
-
-
-def ask(context: openmm.Context) -> tuple[float, np.ndarray]:
-    """Energy in eV and forces in eV/Å."""
-    state = context.getState(energy=True, forces=True)
-    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole) * KJ_PER_MOL_IN_EV
-    forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
-    return energy, forces * KJ_PER_MOL_IN_EV / 10
-
-
-def system_of(atoms, model, **options) -> openmm.System:
-    options = {"device": "cpu", "selfCheck": False} | options
-    return MLPotential("equimd", modelPath=model).createSystem(topology_of(atoms), **options)
-
-
-def isolated(atoms: Atoms) -> float:
-    return sum(toys.ISOLATED[int(z)] for z in atoms.numbers)
-
-
-@pytest.fixture(autouse=True)
-def _entry_point():
-    """Registered by the entry point where equimd is installed; by hand where it only lies on the path."""
-    MLPotential.registerImplFactory("equimd", EquimdPotentialImplFactory())
+    return save_potentials(tmp_path_factory.mktemp("potentials"))
 
 
 @pytest.mark.parametrize("precision", ["single", "double"])
@@ -238,56 +171,6 @@ def test_interactions_are_short_ranged(folder):
     assert impl.getMLLongRange() is False
 
 
-# --- serialisation ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["xml", "copy", "pickle"])
-def test_system_survives(folder, way, monkeypatch, tmp_path):
-    atoms = box()
-    # A relative path, then another working folder.
-    monkeypatch.chdir(folder)
-    system = system_of(atoms, "transformer", precision="double")
-    monkeypatch.chdir(tmp_path)
-    wanted = ask(context_of(system, atoms.positions))
-    if way == "xml":
-        text = openmm.XmlSerializer.serialize(system)
-        assert len(text) < 20_000  # the potential itself is not in there
-        other = openmm.XmlSerializer.deserialize(text)
-    else:
-        other = copy.deepcopy(system) if way == "copy" else pickle.loads(pickle.dumps(system))
-    energy, forces = ask(context_of(other, atoms.positions))
-    assert energy == wanted[0]
-    np.testing.assert_array_equal(forces, wanted[1])
-
-
-def test_system_is_read_by_another_process_without_an_import_of_ours(folder, tmp_path):
-    atoms = ethanol()
-    system = system_of(atoms, folder / "equivariant", precision="double")
-    wanted = ask(context_of(system, atoms.positions))[0]
-    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
-    np.save(tmp_path / "x.npy", atoms.positions / 10)
-    code = (
-        "import numpy, openmm\n"
-        "system = openmm.XmlSerializer.deserialize(open('system.xml').read())\n"
-        "platform = openmm.Platform.getPlatformByName('Reference')\n"
-        "context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)\n"
-        "context.setPositions(numpy.load('x.npy'))\n"
-        "print(context.getState(energy=True).getPotentialEnergy()._value)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert float(out.stdout) * KJ_PER_MOL_IN_EV == pytest.approx(wanted, rel=1e-12)
-
-
-def test_a_potential_object_computes_but_is_not_serialised():
-    atoms = ethanol()
-    system = system_of(atoms, toys.ToyPotential(), precision="double")
-    energy = ask(context_of(system, atoms.positions))[0]
-    calc = EquimdCalculator(toys.ToyPotential(), device="cpu", dtype="float64")
-    assert energy == pytest.approx(calc.get_potential_energy(atoms), rel=1e-12)
-    with pytest.raises(openmm.OpenMMException, match="pickled"):
-        openmm.XmlSerializer.serialize(system)
-
-
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +192,49 @@ def test_engine_frame_is_reduced_and_spans_the_same_lattice(cell):
     steps = box_vectors @ np.linalg.inv(rotate_vectors(cell, rotation))
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-12)
     assert abs(np.linalg.det(np.round(steps))) == pytest.approx(1.0)
+
+
+def many_cells():
+    """Cells whose reduction ends at a boundary (lattices of cubes, half vectors), long and flat ones, any others."""
+    rng = np.random.default_rng(0)
+    yield np.array([[-5, -5, 5], [-10, -10, 2.5], [-2.5, 0, -10]])
+    hexagonal = np.array([[1, 0, 0], [-0.5, 0.75**0.5, 0], [0, 0, 1.3]])
+    faces, body = np.ones((3, 3)) - np.eye(3), np.ones((3, 3)) - 2 * np.eye(3)
+    for _ in range(200):
+        yield 2.5 * rng.integers(-4, 5, (3, 3))
+        yield rng.normal(size=(3, 3)) * 10 ** rng.uniform(-2, 3)
+        for cell in (hexagonal, faces, body):
+            yield cell * rng.uniform(1, 10) @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        flat = rng.normal(size=(3, 3))
+        flat[2] = rng.integers(-5, 6) * flat[0] + rng.integers(-5, 6) / 2 * flat[1] + flat[2] * 10 ** -rng.uniform(0, 6)
+        yield flat
+
+
+def test_openmm_accepts_every_box_of_engine_frame():
+    """Its test of the reduced form has no tolerance; in Å, and in nm after a division."""
+    system, n_flat = openmm.System(), 0
+    for cell in many_cells():
+        try:
+            box_vectors, rotation = engine_frame(cell)
+        except InputError:  # rounding leaves some volume of vectors in one plane
+            assert abs(np.linalg.det(cell)) < 1e-9 * np.linalg.norm(cell, axis=1).prod()
+            n_flat += 1
+            continue
+        system.setDefaultPeriodicBoxVectors(*(box_vectors / 10))
+        system.setDefaultPeriodicBoxVectors(*(box_vectors * unit.angstrom))
+        turned = cell @ rotation.T
+        steps = np.round(np.linalg.solve(turned.T, box_vectors.T).T)
+        assert abs(np.linalg.det(steps)) == pytest.approx(1.0)
+        # Rounding of whole multiples of the user's vectors.
+        atol = 1e-14 * np.abs(steps).max() * np.abs(cell).max()
+        np.testing.assert_allclose(steps @ turned, box_vectors, rtol=0, atol=atol)
+    assert 0 < n_flat < 100
+
+
+@pytest.mark.parametrize("cell", [np.ones((3, 3)), np.zeros((3, 3)), np.full((3, 3), np.nan), np.eye(2), np.ones(3)])
+def test_cells_without_a_volume_are_refused(cell):
+    with pytest.raises(InputError, match="three linearly independent vectors"):
+        engine_frame(cell)
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
@@ -347,7 +273,20 @@ def test_unreduced_box_is_refused_by_openmm(folder):
         ({"precision": "half"}, "precision is 'half'; accepted are single and double"),
         ({"returnEnergyType": "free"}, "returnEnergyType is 'free'"),
         ({"rotation": np.ones((3, 3))}, "an orthogonal 3×3 matrix"),
-        ({"presicion": "single"}, "createSystem got presicion"),
+        ({"presicion": "single"}, "createSystem got presicion; did you mean precision?"),
+        ({"return_energy_type": "energy"}, "did you mean returnEnergyType?"),
+        ({"dtype": "float64"}, "did you mean precision?"),
+        ({"spin": 1}, "did you mean multiplicity?"),
+        ({"total_charge": 0}, "did you mean charge?"),
+        ({"self_check": False}, "did you mean selfCheck?"),
+        ({"rotations": np.eye(3)}, "did you mean rotation?"),
+        ({"rotation": "x"}, "an orthogonal 3×3 matrix"),
+        ({"skin": -1}, "skin is -1"),
+        ({"skin": None}, "skin is None"),
+        ({"skin": float("inf")}, "skin is inf"),
+        ({"charge": "one"}, "charge is 'one'; a number"),
+        ({"symmetrize": {"mode": "average", "degre": 3}}, "symmetrize has 'degre'"),
+        ({"symmetrize": 5}, "symmetrize is 5"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"charge": 1}, "total charge is 1 e"),
         ({"multiplicity": 2}, "spin multiplicity is 2"),
@@ -356,6 +295,89 @@ def test_unreduced_box_is_refused_by_openmm(folder):
 def test_bad_options_are_refused(folder, options, says):
     with pytest.raises(InputError, match=says):
         system_of(ethanol(), folder / "equivariant", **options)
+
+
+def test_options_of_openmmml_and_none_are_accepted(folder):
+    """openmmml's potentials ignore what is not theirs, and None is the default."""
+    atoms = ethanol()
+    plain = ask(context_of(system_of(atoms, folder / "equivariant"), atoms.positions))
+    theirs = {"linkAtomDistances": [], "mlLongRange": False, "info": {}, "implementation": "x", "modelIndex": 0}
+    other = system_of(atoms, folder / "equivariant", precision=None, device=None, charge=None, rotation=None, **theirs)
+    energy, forces = ask(context_of(other, atoms.positions))
+    assert energy == plain[0]
+    np.testing.assert_array_equal(forces, plain[1])
+
+
+@pytest.mark.parametrize(
+    ("atoms", "says"),
+    [
+        ([0, -1], "atoms holds -1; accepted are whole numbers from 0 to 8"),
+        ([0, 9], "atoms holds 9"),
+        ([0, 1.5], "atoms holds 1.5"),
+        (np.array([0.0, 1.0]), "atoms holds .*0.0"),
+        ([True, False] + 7 * [False], "atoms holds True"),
+        (np.ones(9, dtype=bool), "atoms holds .*True"),
+        (["0"], "atoms holds '0'"),
+        ([2, 0, 2], "atoms holds 2 more than once"),
+        ([], "atoms is empty"),
+    ],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_indices_that_are_no_atoms_are_refused(folder, atoms, says, mixed):
+    potential, structure = MLPotential("equimd", modelPath=folder / "transformer"), ethanol()
+    topology, system = topology_of(structure), openmm.System()
+    for mass in structure.get_masses():
+        system.addParticle(mass)
+    options = {"device": "cpu", "selfCheck": False}
+    if mixed:
+        add = partial(potential.createMixedSystem, topology, system, atoms, **options)
+    else:
+        add = partial(potential._impl.addForces, topology, system, atoms, 0, **options)
+    with pytest.raises(InputError, match=says):
+        add()
+
+
+def test_whole_numbers_of_any_kind_are_indices(folder):
+    atoms, energies = ethanol(), []
+    for indices in ([0, 2], np.array([0, 2]), range(0, 3, 2), iter([0, 2])):
+        system = openmm.System()
+        for mass in atoms.get_masses():
+            system.addParticle(mass)
+        impl = EquimdPotentialImplFactory().createImpl("equimd", modelPath=folder / "transformer")
+        impl.addForces(topology_of(atoms), system, indices, 0, device="cpu", selfCheck=False)
+        energies.append(ask(context_of(system, atoms.positions))[0])
+    assert len(set(energies)) == 1
+
+
+def test_systems_of_another_size_are_refused(folder):
+    atoms = ethanol()
+    system = openmm.System()
+    for _ in range(8):
+        system.addParticle(1.0)
+    with pytest.raises(InputError, match="the topology has 9 atoms and the system 8 particles"):
+        MLPotential("equimd", modelPath=folder / "transformer")._impl.addForces(topology_of(atoms), system, None, 0)
+    later = system_of(atoms, folder / "transformer")
+    later.addParticle(1.0)
+    with pytest.raises(openmm.OpenMMException, match="InputError: OpenMM gives 10 positions; .* for 9 atoms"):
+        ask(context_of(later, np.concatenate([atoms.positions, [[9.0, 9.0, 9.0]]])))
+
+
+def test_shipped_potentials_have_names_of_their_own(folder):
+    """Each entry point is a shipped potential's name, as openmmml's own potentials have theirs."""
+    name = list_potentials()[0]
+    MLPotential.registerImplFactory(name, EquimdPotentialImplFactory())
+    assert MLPotential(name)._impl.model == name
+    with pytest.raises(InputError, match="takes no modelPath; write MLPotential.'equimd', modelPath=...."):
+        MLPotential(name, modelPath=folder / "transformer")
+    MLPotential.registerImplFactory("ethanol-equivarant", EquimdPotentialImplFactory())
+    with pytest.raises(InputError, match="did you mean 'ethanol-equivariant'"):
+        MLPotential("ethanol-equivarant")
+
+
+def test_every_shipped_potential_has_an_entry_point():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    factory = "equimd.calculators.openmm_entry:EquimdPotentialImplFactory"
+    assert project["entry-points"]["openmmml.potentials"] == dict.fromkeys(["equimd", *list_potentials()], factory)
 
 
 def test_bad_structures_and_names_are_refused(folder):
@@ -378,7 +400,9 @@ def test_errors_in_a_step_say_what_was_wrong(folder):
     context = context_of(system_of(atoms, folder / "equivariant"), atoms.positions)
     atoms.positions[1] = atoms.positions[0]
     context.setPositions(atoms.positions / 10)
-    with pytest.raises(openmm.OpenMMException, match="atoms 0 and 1 are 0 Å apart"):
+    with pytest.raises(
+        openmm.OpenMMException, match="^InputError: atoms 0 and 1 are 0 Å apart; at least 0.1 Å is accepted$"
+    ):
         context.getState(energy=True)
 
 
