@@ -182,14 +182,15 @@ def _force_differences(chosen: list[int], labels: list[Labels], predicted: Evalu
 def group_frames(frames: list[Atoms]) -> tuple[str | None, dict[str, list[int]]]:
     """The first of ``GROUP_KEYS`` in ``info``, in any case, that groups the frames, and the indices of each group.
 
-    Frames without it make the group "". A name that differs from frame to frame is a label of frames, not of groups.
+    Frames without it make the group "". A name other than "config_type" that differs from frame to frame numbers the
+    frames and groups nothing.
     """
     for key in GROUP_KEYS:
         groups: dict[str, list[int]] = {}
         for i, frame in enumerate(frames):
-            values = [value for name, value in frame.info.items() if str(name).lower() == key]
+            values = [v for name, v in frame.info.items() if str(name).lower() == key and np.ndim(v) == 0]
             groups.setdefault(str(values[0]).strip() if values else "", []).append(i)
-        if set(groups) != {""} and (len(groups) < len(frames) or len(frames) == 1):
+        if set(groups) != {""} and (len(groups) < len(frames) or key in GROUP_KEYS[:2]):
             return key, dict(sorted(groups.items()))
     return None, {}
 
