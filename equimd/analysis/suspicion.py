@@ -4,16 +4,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# Above what float32 and a file's digits leave of a force, and far below the error of any potential.
-_SAME = 1e-5
-# eV/Å. Forces that vanish by symmetry, as on one atom alone, agree without telling anything.
-_TELLING = 1e-2
+# A fraction of the RMS force: above what float32 and four or more decimals in a file leave of it, and a tenth of the
+# error of the best potentials.
+_SAME = 1e-4
 
 
 def is_own_prediction(predicted: np.ndarray, label: np.ndarray) -> bool:
-    """Whether labelled forces (N, 3) equal predicted ones to 1e-5 of their root mean square."""
-    scale = float(np.sqrt((label**2).mean()))
-    return scale > _TELLING and float(np.sqrt(((predicted - label) ** 2).mean())) < _SAME * scale
+    """Whether labelled forces (N, 3) equal predicted ones to 1e-4 of their root mean square; not if they vanish."""
+    return float(((predicted - label) ** 2).mean()) < _SAME**2 * float((label**2).mean())
 
 
 def suspicion(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> str | None:

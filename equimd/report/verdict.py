@@ -55,7 +55,7 @@ def judge(result: EquivarianceResult) -> Verdict:
 def is_exact(force: ForceSpread) -> bool:
     """Whether the error is that of rounding, and the rounding small enough to say so."""
     if force.floor is None or not force.at_floor:
-        return force.relative < EXACT_RELATIVE
+        return force.rmse_equiv == 0 or force.relative < EXACT_RELATIVE
     return force.floor <= max(ROUNDING_RELATIVE * force.rms_force, ROUNDING_FORCE)
 
 

@@ -63,6 +63,13 @@ def test_without_labels_the_level_is_unknown_unless_it_is_exact():
     assert judge(exact).level == "exact"
 
 
+def test_no_spread_at_all_is_exact():
+    """As on one atom alone, whose force and floor are zero: there is nothing to be relative to."""
+    alone = {"relative": math.nan, "floor": 0.0, "at_floor": False}
+    assert judged(0.0, **alone).level == "exact"
+    assert judged(1e-9, **alone).level != "exact"
+
+
 def test_a_floor_of_noise_is_not_exact():
     assert judged(2e-3, at_floor=True, floor=1e-3, rms_force=1.0, floor_kind="estimated").level == "visible"
     assert "not above the calculator's own noise of 1.0 meV/Å" in judged(1e-3, at_floor=True, floor=1e-3).text
