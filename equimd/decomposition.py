@@ -72,6 +72,7 @@ def decompose(back_rotated: Any, weights: Any, reference: Any | None, corrected:
 def variance(values: Any, weights: Any, corrected: bool) -> Any:
     """Variance over the group of values (K, ...), such as total energies; ``corrected`` as in ``decompose``."""
     w = weights.reshape((-1,) + (1,) * (values.ndim - 1))
+    values = values - values[0]  # total energies are large; their differences are what counts, to the last digit
     deviation = values - (w * values).sum(0)
     n = values.shape[0]
     return (w * deviation * deviation).sum(0) * (n / (n - 1) if corrected else 1.0)
@@ -98,6 +99,7 @@ def split_by_parity(values: Any, weights: Any, improper: Any, corrected: bool) -
     if not corrected and abs(float(shares[1]) - 0.5) > 1e-9:  # rounding of weights
         raise InputError(f"improper elements weigh {float(shares[1]):.3g}; expected one half")
     factor = n / (n - 1) if corrected else 1.0
+    values = values - values[0]  # as in ``variance``
     overall = (w * values).sum(0)
     # From the means of the halves rather than as differences of sums, which would round a part that is zero.
     proper, squares = 0.0, []

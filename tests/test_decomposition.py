@@ -139,6 +139,16 @@ def test_parts_that_are_zero_are_zero_to_rounding_of_themselves():
     assert split_by_parity(flips, w, improper, False).inversion == pytest.approx(1.0)
 
 
+def test_spreads_of_large_totals_keep_their_digits():
+    """Totals of −4000 eV that differ in their last digits: the mean of the whole numbers would be off by as much."""
+    ulp = np.spacing(4000.0)
+    steps = np.array([0.0, 1.0, 2.0, 1.0, 3.0, 0.0])
+    w, improper = np.full(6, 1 / 6), np.arange(6) > 2
+    got = split_by_parity(-4000.0 + ulp * steps, w, improper, False)
+    assert variance(-4000.0 + ulp * steps, w, False) == pytest.approx(ulp**2 * steps.var(), rel=1e-12)
+    assert got.inversion == pytest.approx(ulp**2 * (steps[:3].mean() - steps[3:].mean()) ** 2 / 4, rel=1e-12)
+
+
 def test_parity_parts_of_random_elements_are_unbiased():
     """Means ±0.5 and variances 1 and 3 of the halves: proper is 2, inversion 0.25, at K = 4, over many draws."""
     rng = np.random.default_rng(2)

@@ -46,7 +46,7 @@ class Extras:
     """What is measured besides, on evenly spaced frames; 0 leaves it out.
 
     floor_frames: frames where the rounding floor is measured by evaluating them in float64, too (where the field is in
-    float32 and offers both), or estimated from a short line through them (14 evaluations each).
+    float32 and offers both), or estimated from a short line through them (18 evaluations each).
     check_frames: frames measured again with the next finer quadrature.
     atoms_per_batch: rotated atoms that are handed to the force field at once.
     """

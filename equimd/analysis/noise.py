@@ -4,7 +4,7 @@ Along a short line x + k·h·v through a structure, a smooth function is a polyn
 its differences of order m is rounding. For independent rounding of variance σ², the mean square of these differences is
 σ² (2m)!/(m!)² (Hamming; Moré and Wild, SIAM J. Sci. Comput. 33, 1292 (2011)). The step is far above the spacing of
 float32 numbers at a few Å, so that all digits of a float32 calculation change from point to point; and far below the
-length over which forces bend, so that differences of fourth order of a float64 calculation are rounding, too. Broken
+length over which forces bend, so that differences of sixth order of a float64 calculation are rounding, too. Broken
 symmetry is as smooth as everything else along the line: it does not enter.
 """
 
@@ -18,7 +18,7 @@ from equimd.calculators.forcefield import ForceField, rotated_frame
 from equimd.rotations import random_rotations
 
 # Points of the line, their distance in Å per standard normal coordinate, and the order of the differences.
-_POINTS, _STEP, _ORDER = 7, 1e-5, 4
+_POINTS, _STEP, _ORDER = 9, 1e-5, 6
 
 
 class Noise(NamedTuple):
@@ -30,7 +30,7 @@ class Noise(NamedTuple):
 
 
 def estimate_noise(field: ForceField, frame: Atoms, seed: int = 0) -> Noise:
-    """The rounding of ``field`` at one frame, from 14 evaluations.
+    """The rounding of ``field`` at one frame, from 18 evaluations.
 
     Between the points a rotated copy is evaluated: a self-consistent calculation that starts from its last wave
     function would otherwise start closer to its answer than it does in a measurement over rotations. And each point is

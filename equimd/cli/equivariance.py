@@ -76,8 +76,9 @@ def equivariance(
 
         title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"
         suspicious = result.loss and result.loss.suspicious
-        lines = [stress_in_words(result), suspicious and f"Suspicious: {suspicious}."]
-        rows = [*_rows(result), ("Verdict", judge(result).text, "")]
+        lines = [f"Verdict: {judge(result).text}.", stress_in_words(result)]
+        lines += [suspicious and f"Suspicious: {suspicious}."]
+        rows = _rows(result)
         if result.other_level is not None:
             rows.append(("Another level of theory", result.other_level, ""))
         return Group(grid(title, rows), *(Text(line, style="bold") for line in lines if line))

@@ -90,11 +90,11 @@ def test_long_names_leave_the_figures_their_room():
 
 def test_how_floors_were_found_is_said(page, result):
     assert "difference between forces in float32 and in float64" in page
-    assert "fourth differences" not in page
+    assert "sixth differences" not in page
     first = result.potentials[0]
     force = first.equivariance.force.model_copy(update={"floor_kind": "estimated"})
     other = first.model_copy(update={"equivariance": first.equivariance.model_copy(update={"force": force})})
-    assert "fourth differences" in _methods(result.model_copy(update={"potentials": [other]}))
+    assert "sixth differences" in _methods(result.model_copy(update={"potentials": [other]}))
     table = {row.label.strip(): row for row in rows(result.model_copy(update={"potentials": [other]}))}
     assert table["rounding floor"].values == ["1.9·10⁻⁴ (estimated)"]
 
