@@ -7,13 +7,14 @@ about ā, so no orientation is privileged. Over O(3) it splits into what rotatio
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from equimd.analysis.equivariance_results import DegreeCheck, EquivarianceResult, Group
 from equimd.analysis.equivariance_summary import (
+    FloorKind,
     FrameSpread,
     Squares,
     energy_block,
@@ -126,8 +127,8 @@ def equivariance_error(
             seed=None if n_rotations is None else seed,
         ),
         force=force_block(spreads, kind),
-        energy=energy_block(spreads),
-        stress=stress_block(spreads),
+        energy=energy_block(spreads, kind),
+        stress=stress_block(spreads, kind),
         loss=loss_block(spreads),
         degree_check=check,
         other_level=level_in_words(force_field, reference),
@@ -199,7 +200,7 @@ def _squares(back_rotated: Any, group: GroupSample, predicted: Any, exact: Any) 
     return Squares(total, proper, inversion, floor)
 
 
-def _floor_kind(field: ForceField, finer: ForceField | None) -> Literal["measured", "estimated"] | None:
+def _floor_kind(field: ForceField, finer: ForceField | None) -> FloorKind:
     """How the floor is found; not at all for a field that is random by intent, whose noise is no rounding."""
     if getattr(field, "stochastic", False):
         return None

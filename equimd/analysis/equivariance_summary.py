@@ -71,7 +71,10 @@ class FrameSpread:
         return self.l_equiv * ((k - 1) / k if self.corrected else 1.0)
 
 
-def _pool(squares: Sequence[Squares], weights: np.ndarray) -> tuple[float, dict[str, Any]]:
+FloorKind = Literal["measured", "estimated"] | None
+
+
+def _pool(squares: Sequence[Squares], weights: np.ndarray, kind: FloorKind) -> tuple[float, dict[str, Any]]:
     """The pooled root mean square, and the fields of ``Spread``; each frame counts by its weight (n,)."""
 
     def estimate(values: list[float]) -> Estimate:
@@ -79,8 +82,7 @@ def _pool(squares: Sequence[Squares], weights: np.ndarray) -> tuple[float, dict[
 
     total = estimate([s.total for s in squares])
     rmse = float(np.sqrt(total.value))
-    floors = [(s.floor, weight) for s, weight in zip(squares, weights, strict=True) if s.floor is not None]
-    floor = float(np.sqrt(sum(f * w for f, w in floors) / sum(w for _, w in floors))) if floors else None
+    floor = _floor([(s.floor, w) for s, w in zip(squares, weights, strict=True) if s.floor is not None], kind)
     proper, proper_stderr = _root(estimate([s.proper for s in squares]))
     inversion, inversion_stderr = None, float("nan")
     if all(s.inversion is not None for s in squares):
@@ -97,16 +99,25 @@ def _pool(squares: Sequence[Squares], weights: np.ndarray) -> tuple[float, dict[
     }
 
 
+def _floor(squares: list[tuple[float, float]], kind: FloorKind) -> float | None:
+    """The pooled root mean square; of estimates the median, since a discontinuity shows more than rounding."""
+    if not squares:
+        return None
+    if kind == "estimated":
+        return float(np.sqrt(np.median([square for square, _ in squares])))
+    return float(np.sqrt(sum(square * w for square, w in squares) / sum(w for _, w in squares)))
+
+
 def _root(square: Estimate) -> tuple[float, float]:
     """The root of an estimate that may be zero or negative, and how much further up one standard error reaches."""
     root = float(np.sqrt(max(square.value, 0.0)))
     return root, float(np.sqrt(max(square.value + square.stderr, root**2)) - root) if square.stderr >= 0 else np.nan
 
 
-def force_block(spreads: list[FrameSpread], floor_kind: Literal["measured", "estimated"] | None) -> ForceSpread:
+def force_block(spreads: list[FrameSpread], kind: FloorKind) -> ForceSpread:
     """The forces, pooled over components."""
     components = np.array([3.0 * len(s.spread) for s in spreads])
-    rmse, fields = _pool([s.force for s in spreads], components)
+    rmse, fields = _pool([s.force for s in spreads], components, kind)
     force_rms = float(np.sqrt(sum((s.mean**2).sum() for s in spreads) / components.sum()))
     per_frame = np.sqrt([s.l_equiv for s in spreads])
     worst = int(per_frame.argmax())
@@ -116,7 +127,7 @@ def force_block(spreads: list[FrameSpread], floor_kind: Literal["measured", "est
         p95=float(np.percentile(per_frame, 95)),
         worst_frame=WorstFrame(index=worst, rmse_equiv=float(per_frame[worst])),
         worst_atom=_worst_atom(spreads),
-        floor_kind=floor_kind if fields["floor"] is not None else None,
+        floor_kind=kind if fields["floor"] is not None else None,
         floor_frames=sum(s.force.floor is not None for s in spreads),
         per_element=_per_element(spreads),
         rms_force=force_rms,
@@ -142,23 +153,23 @@ def _per_element(spreads: list[FrameSpread]) -> dict[str, float]:
     return {chemical_symbols[z]: float(np.sqrt(spread[numbers == z].mean() / 3)) for z in np.unique(numbers)}
 
 
-def energy_block(spreads: list[FrameSpread]) -> EnergySpread:
+def energy_block(spreads: list[FrameSpread], kind: FloorKind) -> EnergySpread:
     """The energy per atom; every frame counts the same."""
     scaled = []
     for s in spreads:
         n2 = len(s.spread) ** 2
         values = (s.energy.total, s.energy.proper, s.energy.inversion, s.energy.floor)
         scaled.append(Squares(*(None if v is None else v / n2 for v in values)))  # pyright: ignore[reportArgumentType]
-    std, fields = _pool(scaled, np.ones(len(scaled)))
+    std, fields = _pool(scaled, np.ones(len(scaled)), kind)
     return EnergySpread(std_per_atom=std, **fields)
 
 
-def stress_block(spreads: list[FrameSpread]) -> StressSpread | None:
+def stress_block(spreads: list[FrameSpread], kind: FloorKind) -> StressSpread | None:
     """The stress, over the frames that have one."""
     squares = [s.stress for s in spreads if s.stress is not None]
     if not squares:
         return None
-    rmse, fields = _pool(squares, np.ones(len(squares)))
+    rmse, fields = _pool(squares, np.ones(len(squares)), kind)
     antisymmetric = _root_mean([s.antisymmetric_squared for s in spreads]) or 0.0
     rms = _root_mean([s.stress_squared for s in spreads]) or 0.0
     return StressSpread(

@@ -155,7 +155,7 @@ def _parts_and_floor(result: CompareResult) -> list[str]:
         items.append("Rounding floor: the difference between forces in float32 and in float64, rotations as above.")
     if "estimated" in kinds:
         items.append(
-            "Rounding floor (estimated): what is left of sixth differences of the forces along a line of 8·10⁻⁵ Å, "
+            "Rounding floor (estimated): what is left of sixth differences of the forces along a line of 2·10⁻⁵ Å, "
             "where everything that is smooth cancels, broken symmetry included."
         )
     return items

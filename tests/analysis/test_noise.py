@@ -110,12 +110,12 @@ def test_broken_symmetry_is_never_exact(wrap, scale):
 
 def test_a_noisy_calculator_is_at_its_floor_and_not_exact():
     result = measured(Noisy(lennard_jones(), 1e-3), [ethanol(k) for k in range(4)])
-    # 4 frames of 27 components, three differences each that share points: 10 % in the mean square.
-    assert result.force.floor == pytest.approx(1e-3, rel=0.25)
+    # The median of 4 frames of 27 components, three differences each that share most points.
+    assert result.force.floor == pytest.approx(1e-3, rel=0.3)
     assert result.force.at_floor
     verdict = judge(result)
     assert verdict.level == "unknown"
-    assert "not above the calculator's own noise of 1" in verdict.text
+    assert "not above the calculator's own noise of" in verdict.text
     # Negative twin: broken symmetry of ten times the noise.
     assert not measured(Noisy(AnisotropicMock((2e-2, 1e-2, 5e-3)), 1e-3), ethanol()).force.at_floor
 
@@ -125,6 +125,32 @@ def test_history_of_a_self_consistent_cycle_counts(monkeypatch):
     # Negative twin: points one after the other start from each other's error and see none.
     monkeypatch.setattr(noise, "rotated_frame", lambda frame, _: frame)
     assert not measured(Converging(lennard_jones(), 1e-5), ethanol()).force.at_floor
+
+
+class HardCutoff(ASEForceField):
+    """Two atoms attract each other by one more unit as long as they are closer than 2e-6 Å more than now."""
+
+    def __init__(self, calculator, atoms):
+        super().__init__(calculator)
+        self.cutoff = atoms.get_distance(0, 5) + 2e-6
+
+    def evaluate(self, frames):
+        got = super().evaluate(frames)
+        for frame, forces in zip(frames, got.forces, strict=True):
+            arm = frame.positions[5] - frame.positions[0]
+            if np.linalg.norm(arm) < self.cutoff:
+                forces[[0, 5]] += 0.1 * np.array([arm, -arm])
+        return got
+
+
+def test_a_pair_that_crosses_a_cutoff_is_no_rounding(monkeypatch):
+    atoms = molecule("C60")
+    atoms.rattle(0.05, seed=0)
+    assert measured(HardCutoff(lennard_jones(), atoms), atoms, n_rotations=4).force.floor < 1e-12
+    broken = HardCutoff(AnisotropicMock((2e-7, 1e-7, 5e-8)), atoms)
+    assert not measured(broken, atoms, n_rotations=4).force.at_floor
+    monkeypatch.setattr(noise, "_LEFT_OUT", 0.0)  # negative twin
+    assert measured(broken, atoms, n_rotations=4).force.at_floor
 
 
 def test_first_differences_would_take_slopes_for_rounding(monkeypatch):
