@@ -144,9 +144,10 @@ def test_spreads_of_large_totals_keep_their_digits():
     ulp = np.spacing(4000.0)
     steps = np.array([0.0, 1.0, 2.0, 1.0, 3.0, 0.0])
     w, improper = np.full(6, 1 / 6), np.arange(6) > 2
-    got = split_by_parity(-4000.0 + ulp * steps, w, improper, False)
-    assert variance(-4000.0 + ulp * steps, w, False) == pytest.approx(ulp**2 * steps.var(), rel=1e-12)
-    assert got.inversion == pytest.approx(ulp**2 * (steps[:3].mean() - steps[3:].mean()) ** 2 / 4, rel=1e-12)
+    totals = -4000.0 + ulp * steps
+    between = (steps[:3].mean() - steps[3:].mean()) ** 2 / 4
+    assert variance(totals, w, False) / ulp**2 == pytest.approx(steps.var(), rel=1e-12)
+    assert split_by_parity(totals, w, improper, False).inversion / ulp**2 == pytest.approx(between, rel=1e-12)
 
 
 def test_parity_parts_of_random_elements_are_unbiased():
