@@ -36,6 +36,13 @@ class LossSplit(NamedTuple):
     l_equiv: Any
 
 
+class ParitySplit(NamedTuple):
+    """The variance over O(3) in two parts, in squared units of the prediction: proper + inversion = variance."""
+
+    proper: Any
+    inversion: Any
+
+
 def decompose(back_rotated: Any, weights: Any, reference: Any | None, corrected: bool) -> Decomposition:
     """Split the squared error of back-rotated predictions (K, N, 3) with weights (K,) against ``reference`` (N, 3).
 
@@ -65,9 +72,46 @@ def decompose(back_rotated: Any, weights: Any, reference: Any | None, corrected:
 def variance(values: Any, weights: Any, corrected: bool) -> Any:
     """Variance over the group of values (K, ...), such as total energies; ``corrected`` as in ``decompose``."""
     w = weights.reshape((-1,) + (1,) * (values.ndim - 1))
+    values = values - values[0]  # total energies are large; their differences are what counts, to the last digit
     deviation = values - (w * values).sum(0)
     n = values.shape[0]
     return (w * deviation * deviation).sum(0) * (n / (n - 1) if corrected else 1.0)
+
+
+def split_by_parity(values: Any, weights: Any, improper: Any, corrected: bool) -> ParitySplit:
+    """What of the variance of values (K, ...) over O(3) is there without inversion, and what inversion adds.
+
+    The group has two halves, the proper and the improper elements (``improper`` (K,) is true there). With the means m₊,
+    m₋ and the variances V₊, V₋ within them, variance = ½(V₊ + V₋) + ¼|m₊ − m₋|²: the first term is ``proper``, the
+    spread over SO(3) of the structure and of its mirror image, averaged; the second is ``inversion``.
+    corrected=False (quadrature): these terms; each half must weigh ½.
+    corrected=True (K independent elements with equal weights): unbiased estimates. proper is twice the mean of
+    ½|a_i − a_j|² over pairs of the same half, counted as zero for the other pairs; inversion is the rest, so it can be
+    negative. Both: proper + inversion = ``variance(values, weights, corrected)`` exactly.
+    """
+    n = values.shape[0]
+    if tuple(improper.shape) != (n,):
+        raise InputError(f"improper has shape {tuple(improper.shape)}; expected ({n},)")
+    w = weights.reshape((-1,) + (1,) * (values.ndim - 1))
+    second = improper.reshape(w.shape) * w
+    halves = (w - second, second)
+    shares = [half.sum() for half in halves]
+    if not corrected and abs(float(shares[1]) - 0.5) > 1e-9:  # rounding of weights
+        raise InputError(f"improper elements weigh {float(shares[1]):.3g}; expected one half")
+    factor = n / (n - 1) if corrected else 1.0
+    values = values - values[0]  # as in ``variance``
+    overall = (w * values).sum(0)
+    # From the means of the halves rather than as differences of sums, which would round a part that is zero.
+    proper, squares = 0.0, []
+    for half, share in zip(halves, shares, strict=True):
+        deviation = values - overall
+        squares.append((half * deviation * deviation).sum(0))
+        if share > 0:
+            deviation = values - (half * values).sum(0) / share
+            proper = proper + 2.0 * factor * share * (half * deviation * deviation).sum(0)
+    between = (halves[1] * (values - overall)).sum(0)
+    inversion = factor * (4.0 * between * between + (shares[1] - shares[0]) * (squares[0] - squares[1]))
+    return ParitySplit(proper, inversion)
 
 
 def split_convex_loss(

@@ -1,29 +1,27 @@
 """Equivariance error of any force field along a trajectory: its size, its floor, its share of the loss.
 
 For rotations g_k with weights w_k, ``a_k = g_k⁻¹ f(g_k x)`` and ``ā = Σ w_k a_k``; the error is the spread of the a_k
-about ā, so no orientation is privileged. Pooled quantities divide sums over frames, never average ratios. Error bars
-are s·sqrt(g/n) with the statistical inefficiency g of the per-frame series (``statistics``).
+about ā, so no orientation is privileged. Over O(3) it splits into what rotations do and what inversion adds.
 """
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
-from equimd.analysis.equivariance_results import (
-    DegreeCheck,
-    EnergySpread,
-    EquivarianceResult,
-    ForceSpread,
-    Group,
-    LossShare,
-    PerFrame,
-    StressSpread,
-    WorstAtom,
-    WorstFrame,
+from equimd.analysis.equivariance_results import DegreeCheck, EquivarianceResult, Group
+from equimd.analysis.equivariance_summary import (
+    FloorKind,
+    FrameSpread,
+    Squares,
+    energy_block,
+    force_block,
+    loss_block,
+    per_frame_block,
+    stress_block,
 )
 from equimd.analysis.inputs import (
     Labels,
@@ -36,23 +34,21 @@ from equimd.analysis.inputs import (
     reference_labels,
     unused_predictions,
 )
-from equimd.analysis.statistics import correlation, ratio_estimate
+from equimd.analysis.noise import estimate_noise
 from equimd.calculators.forcefield import Evaluation, ForceField, as_force_field, evaluate_rotated, in_precision
-from equimd.decomposition import decompose, percent_of_loss, variance
+from equimd.decomposition import decompose, split_by_parity, variance
 from equimd.errors import InputError
 from equimd.results import provenance
 from equimd.rotations import MAX_DEGREE, GroupSample, quadrature, random_rotations, rotate_back_tensor
 from equimd.rotations import rotate_back_vectors as rotate_back
-
-# A result below this many floors cannot be told from rounding.
-FLOORS = 3.0
 
 
 @dataclass(frozen=True)
 class Extras:
     """What is measured besides, on evenly spaced frames; 0 leaves it out.
 
-    floor_frames: frames evaluated in float64, too (where the field is in float32 and offers both).
+    floor_frames: frames where the rounding floor is measured by evaluating them in float64, too (where the field is in
+    float32 and offers both), or estimated from a short line through them (18 evaluations each).
     check_frames: frames measured again with the next finer quadrature.
     atoms_per_batch: rotated atoms that are handed to the force field at once.
     """
@@ -60,36 +56,6 @@ class Extras:
     floor_frames: int = 8
     check_frames: int = 1
     atoms_per_batch: int = 4096
-
-
-@dataclass
-class FrameSpread:
-    """What one frame contributes; forces in eV/Å, energies in eV, stress in eV/Å³, torque in eV."""
-
-    spread: np.ndarray  # (N,) Σ w_k |a_k − ā|², corrected where random
-    mean: np.ndarray  # (N, 3) ā
-    energy_variance: float
-    torque_squared: float | None
-    stress_variance: float | None
-    antisymmetric_squared: float | None
-    n_rotations: int
-    corrected: bool
-    l_total: float | None = None
-    l_mean: float | None = None
-    mean_error_squared: float | None = None
-    floor_squared: float | None = None
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
-
-    @property
-    def l_equiv(self) -> float:
-        """L_equiv of the frame in (eV/Å)²."""
-        return float(self.spread.mean() / 3)
-
-    @property
-    def s(self) -> float:
-        """S = Σ w_k |a_k − ā|² without the correction, mean over components."""
-        k = self.n_rotations
-        return self.l_equiv * ((k - 1) / k if self.corrected else 1.0)
 
 
 def equivariance_error(
@@ -133,12 +99,16 @@ def equivariance_error(
     if (unused := unused_predictions(listed, source)) is not None:
         warnings.warn(unused, PredictionWarning, stacklevel=2)
     finer = in_precision(force_field, "float64") if force_field.dtype == "float32" else None
-    with_floor = set(_evenly(len(listed), extras.floor_frames)) if finer is not None else set()
+    kind = _floor_kind(force_field, finer)
+    with_floor = set(_evenly(len(listed), extras.floor_frames)) if kind is not None else set()
     spreads = []
     for i, (frame, label) in enumerate(zip(listed, labels, strict=True)):
         group = _group_for(i, degree, inversion, n_rotations, seed)
         double = finer if i in with_floor else None
-        spreads.append(measure_frame(force_field, frame, group, label, double, extras.atoms_per_batch))
+        spread = measure_frame(force_field, frame, group, label, double, extras.atoms_per_batch)
+        if kind == "estimated" and i in with_floor:
+            _estimate_floor(spread, force_field, frame, seed)
+        spreads.append(spread)
         if progress is not None:
             progress(i + 1, len(listed))
     check = None
@@ -157,14 +127,14 @@ def equivariance_error(
             n_rotations=len(group),
             seed=None if n_rotations is None else seed,
         ),
-        force=_force_block(spreads),
-        energy=_energy_block(spreads),
-        stress=_stress_block(spreads),
-        loss=_loss_block(spreads),
+        force=force_block(spreads, kind),
+        energy=energy_block(spreads, kind),
+        stress=stress_block(spreads, kind),
+        loss=loss_block(spreads),
         degree_check=check,
-        per_frame=_per_frame(spreads),
         other_level=level_in_words(force_field, reference),
         lossy=lossy_of(listed),
+        per_frame=per_frame_block(spreads),
         provenance=provenance(),
     )
 
@@ -182,29 +152,68 @@ def measure_frame(
     rotated = np.stack(predicted.forces)
     if not np.isfinite(rotated).all():
         raise InputError(f"{force_field.name} returned forces that are not finite; the frame is out of its range")
+    exact = None if double is None else _evaluate_group(double, frame, group.rotations, atoms_per_batch)
     back_rotated = rotate_back(rotated, group.rotations)
     corrected = group.kind == "random"
     reference = None if label is None else label.forces
     split = decompose(back_rotated, group.weights, reference, corrected)
-    stress_variance, antisymmetric = _stress_spread(predicted, group)
+    stress = _stack_stress(predicted)
     out = FrameSpread(
         spread=split.spread,
         mean=split.mean,
-        energy_variance=float(variance(predicted.energies, group.weights, corrected)),
+        force=_squares(back_rotated, group, predicted.forces, None if exact is None else exact.forces),
+        energy=_squares(predicted.energies, group, predicted.energies, None if exact is None else exact.energies),
+        stress=None,
+        stress_squared=None,
+        antisymmetric_squared=None,
         torque_squared=_torque_squared(frame, back_rotated, group.weights),
-        stress_variance=stress_variance,
-        antisymmetric_squared=antisymmetric,
         n_rotations=len(group),
         corrected=corrected,
         numbers=frame.numbers,
     )
+    if stress is not None:
+        back = rotate_back_tensor(stress, group.rotations)
+        out.stress = _squares(back, group, stress, None if exact is None else _stack_stress(exact))
+        out.stress_squared = float(group.weights @ (stress**2).mean(axis=(1, 2)))
+        # Before it is rotated back: then it is zero, not rounding, for calculators that return six numbers.
+        out.antisymmetric_squared = float(
+            group.weights @ (((stress - stress.swapaxes(1, 2)) / 2) ** 2).mean(axis=(1, 2))
+        )
     if reference is not None:
         out.l_total, out.l_mean = float(split.l_total), float(split.l_mean)
         out.mean_error_squared = float(((split.mean - reference) ** 2).mean())
-    if double is not None:
-        exact = np.stack(_evaluate_group(double, frame, group.rotations, atoms_per_batch).forces)
-        out.floor_squared = float(group.weights @ ((rotated - exact) ** 2).mean(axis=(1, 2)))
+        out.forces_and_labels = (np.asarray(force_field.evaluate([frame]).forces[0]), reference)
     return out
+
+
+def _squares(back_rotated: Any, group: GroupSample, predicted: Any, exact: Any) -> Squares:
+    """Mean squares over components: the spread of ``back_rotated`` (K, ...), its parts, and the error of rounding."""
+    corrected = group.kind == "random"
+    total = proper = float(variance(back_rotated, group.weights, corrected).mean())
+    inversion = None
+    if group.inversion:
+        improper = np.linalg.det(group.rotations) < 0
+        split = split_by_parity(back_rotated, group.weights, improper, corrected)
+        proper, inversion = float(split.proper.mean()), float(split.inversion.mean())
+    floor = None
+    if exact is not None:
+        differences = (np.asarray(predicted) - np.asarray(exact)).reshape(len(group), -1)
+        floor = float(group.weights @ (differences**2).mean(axis=1))
+    return Squares(total, proper, inversion, floor)
+
+
+def _floor_kind(field: ForceField, finer: ForceField | None) -> FloorKind:
+    """How the floor is found; not at all for a field that is random by intent, whose noise is no rounding."""
+    if getattr(field, "stochastic", False):
+        return None
+    return "estimated" if finer is None else "measured"
+
+
+def _estimate_floor(spread: FrameSpread, field: ForceField, frame: Atoms, seed: int) -> None:
+    noise = estimate_noise(field, frame, seed)
+    spread.force.floor, spread.energy.floor = noise.force, noise.energy
+    if spread.stress is not None:
+        spread.stress.floor = noise.stress
 
 
 def next_degree(degree: int, inversion: bool = True) -> int:
@@ -251,15 +260,10 @@ def _torque_squared(frame: Atoms, back_rotated: np.ndarray, weights: np.ndarray)
     return float(weights @ (torques**2).sum(-1))
 
 
-def _stress_spread(predicted: Evaluation, group: GroupSample) -> tuple[float | None, float | None]:
-    """Spread of the back-rotated stress and mean square of its antisymmetric part, per component in (eV/Å³)²."""
+def _stack_stress(predicted: Evaluation) -> np.ndarray | None:
+    """All stresses (K, 3, 3), or None where one is missing."""
     stresses = [stress for stress in predicted.stresses if stress is not None]
-    if len(stresses) < len(predicted.stresses):
-        return None, None
-    back_rotated = rotate_back_tensor(np.stack(stresses), group.rotations)
-    spread = variance(back_rotated, group.weights, group.kind == "random")
-    antisymmetric = (back_rotated - back_rotated.swapaxes(1, 2)) / 2
-    return float(spread.mean()), float(group.weights @ (antisymmetric**2).mean(axis=(1, 2)))
+    return np.stack(stresses) if len(stresses) == len(predicted.stresses) else None
 
 
 def _check_degree(
@@ -279,105 +283,3 @@ def _check_degree(
     )
     change = float((after - before) / before) if before > 0 else float("nan")
     return DegreeCheck(degree=finer, n_frames=len(chosen), rmse_equiv=float(after), relative_change=change)
-
-
-def _force_block(spreads: list[FrameSpread]) -> ForceSpread:
-    sums = np.array([s.spread.sum() for s in spreads])
-    components = np.array([3.0 * len(s.spread) for s in spreads])
-    pooled = ratio_estimate(sums, components)
-    rmse = float(np.sqrt(pooled.value))
-    force_rms = float(np.sqrt(sum((s.mean**2).sum() for s in spreads) / components.sum()))
-    per_frame = np.sqrt(sums / components)
-    floors = [(s.floor_squared, len(s.spread)) for s in spreads if s.floor_squared is not None]
-    floor = float(np.sqrt(sum(f * n for f, n in floors) / sum(n for _, n in floors))) if floors else None
-    worst = int(per_frame.argmax())
-    return ForceSpread(
-        rmse_equiv=rmse,
-        relative=rmse / force_rms if force_rms > 0 else float("nan"),
-        # d sqrt(x) = dx / (2 sqrt(x))
-        stderr=pooled.stderr / (2 * rmse) if rmse > 0 else 0.0,
-        p95=float(np.percentile(per_frame, 95)),
-        worst_frame=WorstFrame(index=worst, rmse_equiv=float(per_frame[worst])),
-        worst_atom=_worst_atom(spreads),
-        floor=floor,
-        at_floor=floor is not None and rmse < FLOORS * floor,
-        floor_frames=len(floors),
-        per_element=_per_element(spreads),
-        rms_force=force_rms,
-        net_torque_rms=_root_mean([s.torque_squared for s in spreads]),
-    )
-
-
-def _worst_atom(spreads: list[FrameSpread]) -> WorstAtom:
-    frame = int(np.argmax([s.spread.max() for s in spreads]))
-    atom = int(spreads[frame].spread.argmax())
-    return WorstAtom(
-        frame=frame,
-        index=atom,
-        element=_symbol(spreads[frame].numbers[atom]),
-        rmse_equiv=float(np.sqrt(spreads[frame].spread[atom] / 3)),
-    )
-
-
-def _per_element(spreads: list[FrameSpread]) -> dict[str, float]:
-    numbers = np.concatenate([s.numbers for s in spreads])
-    spread = np.concatenate([s.spread for s in spreads])
-    return {_symbol(z): float(np.sqrt(spread[numbers == z].mean() / 3)) for z in np.unique(numbers)}
-
-
-def _symbol(number: int) -> str:
-    from ase.data import chemical_symbols
-
-    return chemical_symbols[int(number)]
-
-
-def _energy_block(spreads: list[FrameSpread]) -> EnergySpread:
-    per_atom = [s.energy_variance / len(s.spread) ** 2 for s in spreads]
-    return EnergySpread(std_per_atom=float(np.sqrt(np.mean(per_atom))))
-
-
-def _stress_block(spreads: list[FrameSpread]) -> StressSpread | None:
-    rmse = _root_mean([s.stress_variance for s in spreads])
-    antisymmetric = _root_mean([s.antisymmetric_squared for s in spreads])
-    return None if rmse is None or antisymmetric is None else StressSpread(rmse_equiv=rmse, antisymmetric=antisymmetric)
-
-
-def _root_mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.sqrt(np.mean(known))) if known else None
-
-
-def _loss_block(spreads: list[FrameSpread]) -> LossShare | None:
-    """Pool numerator and denominator over the labelled frames, then divide."""
-    labelled = [s for s in spreads if s.l_mean is not None]
-    if not labelled:
-        return None
-    n = np.array([len(s.spread) for s in labelled], dtype=float)
-    n_equiv = n * [s.l_equiv for s in labelled]
-    n_mean = n * np.array([s.l_mean for s in labelled])
-    n_total = n * np.array([s.l_total for s in labelled])
-    l_mean, l_equiv = float(n_mean.sum() / n.sum()), float(n_equiv.sum() / n.sum())
-    return LossShare(
-        n_frames=len(labelled),
-        l_total=float(n_total.sum() / n.sum()),
-        l_mean=l_mean,
-        l_equiv=l_equiv,
-        percent_of_loss=percent_of_loss(l_mean, l_equiv),
-        stderr=100.0 * ratio_estimate(n_equiv, n_total).stderr,
-        correlation_with_force_error=correlation(
-            np.sqrt([s.l_equiv for s in labelled]), np.sqrt([s.mean_error_squared or 0.0 for s in labelled])
-        ),
-    )
-
-
-def _per_frame(spreads: list[FrameSpread]) -> PerFrame:
-    return PerFrame(
-        n_atoms=[len(s.spread) for s in spreads],
-        n_rotations=[s.n_rotations for s in spreads],
-        rmse_equiv=[float(np.sqrt(s.l_equiv)) for s in spreads],
-        s=[s.s for s in spreads],
-        mean_error_squared=[s.mean_error_squared for s in spreads],
-        mean_force_squared=[float((s.mean**2).mean()) for s in spreads],
-        energy_variance=[s.energy_variance for s in spreads],
-        floor=[None if s.floor_squared is None else float(np.sqrt(s.floor_squared)) for s in spreads],
-    )

@@ -1,5 +1,7 @@
 """What ``equivariance_error`` returns: frozen, with the units of every field."""
 
+from typing import Literal
+
 from equimd.results import Block, Number, Provenance, Result
 
 
@@ -29,44 +31,73 @@ class WorstAtom(Block):
     rmse_equiv: float
 
 
-class ForceSpread(Block):
+class Spread(Block):
+    """Equivariance error of one quantity: a root mean square over the group, and over frames.
+
+    Over O(3), error² = proper² + inversion². proper: the error over SO(3), root mean square of the structure and its
+    mirror image; inversion: half the difference between the means of the two. Over SO(3) proper is the whole error and
+    inversion is null. Both are null in results of version 0.1.0. With random rotations both are roots of unbiased
+    estimates, 0 if an estimate is negative. Standard errors hold the statistical inefficiency of the frames.
+    floor: the rounding of the force field in the same units; at_floor: the error is below three floors.
+    """
+
+    stderr: Number = float("nan")
+    proper: float | None = None
+    proper_stderr: Number = float("nan")
+    inversion: float | None = None
+    inversion_stderr: Number = float("nan")
+    floor: float | None = None
+    at_floor: bool = False
+
+
+class ForceSpread(Spread):
     """Equivariance error of the forces, eV/Å per component unless said otherwise.
 
-    relative: to rms_force, the RMS of the twirled forces. stderr: of rmse_equiv, with the statistical inefficiency of
-    the frames. p95: 95th percentile over frames. floor: RMS of the float32 error, null where there is one precision
-    only or the measurement is not in float32; at_floor: rmse_equiv below three floors, false where there is no floor.
+    relative: to rms_force, the RMS of the twirled forces. stderr: of rmse_equiv. p95: 95th percentile over frames.
+    floor: "measured" as the RMS difference of float32 from float64 where the force field offers both and is in float32;
+    "estimated" from differences along a short line (``analysis.noise``) for every other one; floor_kind says which, and
+    is null, as the floor is, where none was asked for or predictions are random by intent.
     net_torque_rms: eV, molecules only.
     """
 
     rmse_equiv: float
     relative: Number
-    stderr: Number
     p95: float
     worst_frame: WorstFrame
     worst_atom: WorstAtom
-    floor: float | None
-    at_floor: bool
+    floor_kind: Literal["measured", "estimated"] | None = None
     floor_frames: int
     per_element: dict[str, float]
     rms_force: float
     net_torque_rms: float | None
 
 
-class EnergySpread(Block):
+class EnergySpread(Spread):
     """Standard deviation of the total energy over the group, divided by N, root mean square over frames, eV."""
 
     std_per_atom: float
 
 
-class StressSpread(Block):
-    """Spread of the back-rotated stress and RMS of its antisymmetric part, eV/Å³ per component."""
+class StressSpread(Spread):
+    """Spread of the back-rotated stress and RMS of its antisymmetric part, eV/Å³ per component; *_gpa in GPa.
+
+    relative: to rms_stress, the RMS of the stress over rotations and frames. antisymmetric: 0 for calculators that
+    return six numbers.
+    """
 
     rmse_equiv: float
+    relative: Number = float("nan")
+    rms_stress: Number = float("nan")
     antisymmetric: float
+    rmse_equiv_gpa: Number = float("nan")
+    antisymmetric_gpa: Number = float("nan")
 
 
 class LossShare(Block):
-    """The squared force error, (eV/Å)² per component, pooled over the labelled frames; stderr: of percent_of_loss."""
+    """The squared force error, (eV/Å)² per component, pooled over the labelled frames; stderr: of percent_of_loss.
+
+    suspicious: a sentence if labels seem to be the potential's own predictions, else null.
+    """
 
     n_frames: int
     l_total: float
@@ -75,6 +106,7 @@ class LossShare(Block):
     percent_of_loss: Number
     stderr: Number
     correlation_with_force_error: Number
+    suspicious: str | None = None
 
 
 class DegreeCheck(Block):
@@ -89,7 +121,9 @@ class DegreeCheck(Block):
 class PerFrame(Block):
     """What everything can be recomputed from; one value per frame, means over components.
 
-    s = Σ w_k |a_k − ā|² without correction; mean_error_squared = |ā − y|²; n_rotations = K. eV and Å.
+    s = Σ w_k |a_k − ā|² without correction; mean_error_squared = |ā − y|²; n_rotations = K. inversion_squared,
+    energy_inversion_squared, stress_inversion_squared: the parts that inversion adds (the estimates of random rotations
+    can be negative), null over SO(3). eV and Å.
     """
 
     n_atoms: list[int]
@@ -100,6 +134,10 @@ class PerFrame(Block):
     mean_force_squared: list[float]
     energy_variance: list[float]
     floor: list[float | None]
+    inversion_squared: list[float | None] = []
+    energy_inversion_squared: list[float | None] = []
+    stress_variance: list[float | None] = []
+    stress_inversion_squared: list[float | None] = []
 
 
 class EquivarianceResult(Result):

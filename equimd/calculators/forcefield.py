@@ -68,7 +68,8 @@ class ASEForceField:
         self.calculator = calculator
         self.name: str = name or str(getattr(calculator, "name", None) or type(calculator).__name__)
         self.device = str(getattr(calculator, "device", "unknown"))
-        self.dtype = str(getattr(calculator, "dtype", "unknown")).removeprefix("torch.")
+        dtype = getattr(calculator, "dtype", "unknown")
+        self.dtype = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")  # numpy's are classes
 
     def evaluate(self, frames: Sequence[Atoms]) -> Evaluation:
         """Energies, forces and (for fully periodic frames, where implemented) stresses; constraints are ignored."""

@@ -1,7 +1,7 @@
 """``equimd equivariance``: how far from equivariant the forces are, along a trajectory."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from equimd.cli.common import (
     open_frames,
     progress,
 )
+
+if TYPE_CHECKING:
+    from equimd.analysis.equivariance_results import EquivarianceResult, LossShare, Spread, StressSpread
 
 
 def equivariance(
@@ -70,31 +73,68 @@ def equivariance(
         )
 
     def show():  # noqa: ANN202
-        from equimd.report.verdict import judge
+        from rich.console import Group
+        from rich.text import Text
 
-        force, loss = result.force, result.loss
-        rows = [
-            ("Equivariance error of forces", number(force.rmse_equiv, 1e3), f"± {number(force.stderr, 1e3)} meV/Å"),
-            ("  relative to the RMS force", number(force.relative), ""),
-            ("  95th percentile of frames", number(force.p95, 1e3), "meV/Å"),
-            ("  rounding floor", number(force.floor, 1e3), "meV/Å"),
-            ("Spread of the energy", number(result.energy.std_per_atom, 1e3), "meV/atom"),
-        ]
-        if loss is not None:
-            rows += [
-                ("Share of the loss", number(loss.percent_of_loss), f"± {number(loss.stderr)} %"),
-                (
-                    "  error that rotations cannot explain",
-                    number(loss.l_mean**0.5 if loss.l_mean > 0 else 0, 1e3),
-                    "meV/Å",
-                ),
-            ]
-        rows.append(("Verdict", judge(result).text, ""))
+        from equimd.report.verdict import judge, stress_in_words
+
+        title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"
+        suspicious = result.loss and result.loss.suspicious
+        lines = [f"Verdict: {judge(result).text}.", stress_in_words(result)]
+        lines += [suspicious and f"Suspicious: {suspicious}."]
+        rows = _rows(result)
         if result.lossy is not None:
             rows.append(("Lossy", result.lossy, ""))
         if result.other_level is not None:
             rows.append(("Another level of theory", result.other_level, ""))
-        title = f"{result.name}, {result.n_frames} frames, {result.group.n_rotations} rotations each"
-        return grid(title, rows)
+        return Group(grid(title, rows), *(Text(line, style="bold") for line in lines if line))
 
     emit(result, json, show)
+
+
+def _rows(result: "EquivarianceResult") -> list[tuple[str, str, str]]:
+    """The table: forces, energy, stress where there is a cell, the loss where there are labels."""
+    force, loss = result.force, result.loss
+    floor = "  rounding floor, estimated" if force.floor_kind == "estimated" else "  rounding floor"
+    return [
+        ("Equivariance error of forces", number(force.rmse_equiv, 1e3), f"± {number(force.stderr, 1e3)} meV/Å"),
+        *_parts(force, 1e3, "meV/Å"),
+        ("  relative to the RMS force", number(force.relative), ""),
+        ("  95th percentile of frames", number(force.p95, 1e3), "meV/Å"),
+        (floor, number(force.floor, 1e3), "meV/Å"),
+        ("Spread of the energy", number(result.energy.std_per_atom, 1e3), "meV/atom"),
+        *_parts(result.energy, 1e3, "meV/atom"),
+        *_stress_rows(result.stress),
+        *_loss_rows(loss),
+    ]
+
+
+def _parts(spread: "Spread", factor: float, unit: str) -> list[tuple[str, str, str]]:
+    if spread.proper is None or spread.inversion is None:
+        return []
+    return [
+        ("  rotations alone", number(spread.proper, factor), f"± {number(spread.proper_stderr, factor)} {unit}"),
+        ("  from inversion", number(spread.inversion, factor), f"± {number(spread.inversion_stderr, factor)} {unit}"),
+    ]
+
+
+def _stress_rows(stress: "StressSpread | None") -> list[tuple[str, str, str]]:
+    if stress is None:
+        return []
+    spread, asymmetry = number(stress.rmse_equiv, 1e3), number(stress.antisymmetric, 1e3)
+    return [
+        ("Spread of the stress", spread, f"meV/Å³, {number(stress.rmse_equiv_gpa)} GPa"),
+        *_parts(stress, 1e3, "meV/Å³"),
+        ("  relative to the RMS stress", number(stress.relative), ""),
+        ("  asymmetry", asymmetry, f"meV/Å³, {number(stress.antisymmetric_gpa)} GPa"),
+    ]
+
+
+def _loss_rows(loss: "LossShare | None") -> list[tuple[str, str, str]]:
+    if loss is None:
+        return []
+    remaining = number(loss.l_mean**0.5 if loss.l_mean > 0 else 0, 1e3)
+    return [
+        ("Share of the loss", number(loss.percent_of_loss), f"± {number(loss.stderr)} %"),
+        ("  error that rotations cannot explain", remaining, "meV/Å"),
+    ]

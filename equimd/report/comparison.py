@@ -15,7 +15,7 @@ from equimd.results import Block, Number, Provenance, Result
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 
-Level = Literal["exact", "negligible", "visible", "dominant"]
+Level = Literal["exact", "negligible", "visible", "dominant", "unknown"]
 
 
 class CompareSettings(Block):
@@ -72,6 +72,7 @@ class Parity(Block):
 class Verdict(Block):
     """Symmetry error against the model's error, with the fixed thresholds of ``report.verdict``.
 
+    level: "unknown" where there is no error to compare with and the symmetry error is above rounding.
     ratio: sqrt(L_equiv / L_total) on the potential's own frames. rotations_needed: random rotations whose average
     brings the symmetry error below one tenth of the error that averaging cannot remove; 1 where it is there already,
     null where that error is zero.

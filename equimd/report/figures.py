@@ -12,6 +12,8 @@ from equimd.report.table import method
 from equimd.report.verdict import NEGLIGIBLE, VISIBLE
 
 _MEV = 1e3
+# Letters of a name, and of a line of names, that fit above a figure.
+_NAME, _LINE = 60, 72
 
 
 class Plot(NamedTuple):
@@ -31,7 +33,7 @@ def draw_all(result: CompareResult) -> list[Plot]:
                 error_against_time,
                 "Equivariance error along the trajectory",
                 "Spread of the forces over rotations of each frame, per component. "
-                "The dotted line is the float32 rounding floor.",
+                "The dotted line is the rounding floor.",
             ),
             _plot(
                 result,
@@ -165,7 +167,7 @@ def force_parity(result: CompareResult) -> Any:
         axes[0, k].plot(reference, predicted, **style)
         axes[1, k].axhline(0, color=GRID, linewidth=1.2)
         axes[1, k].plot(reference, _MEV * (predicted - reference), **style)
-        axes[0, k].set_title(p.name, fontsize=9, color=colour(k))
+        axes[0, k].set_title(_shortened(p.name, _NAME // n), fontsize=9, color=colour(k))
         axes[1, k].set_xlabel("reference / eV Å⁻¹")
         axes[0, k].set_xlim(-limit, limit)
         axes[0, k].set_ylim(-limit, limit)
@@ -234,8 +236,17 @@ def _positive(values: list[float]) -> list[float]:
     return [v for v in values if v is not None and v > 0]
 
 
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def _legend_above(axes: Any) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.3, handlelength=2.2)
+    """A legend whose names share a line where they fit beside each other."""
+    handles, labels = axes.get_legend_handles_labels()
+    short = [_shortened(label, _NAME) for label in labels]
+    columns = max(1, min(3, _LINE // (max(map(len, short), default=0) + 6)))
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.3, "handlelength": 2.2}
+    axes.legend(handles, short, ncols=columns, **place)
 
 
 def _room_on_log(axes: Any, axis: str, above: float = 1.0, below: float = 1.0) -> None:

@@ -77,18 +77,21 @@ def _repeats(line: str, texts: list[str]) -> bool:
 
 def _table(result: CompareResult) -> str:
     head = "".join(
-        f'<th scope="col"><span class="dot" style="background:{colour(k)}"></span>{escape(p.name)}</th>'
+        f'<th scope="col" style="--whose:{colour(k)}"><span class="dot" style="background:{colour(k)}"></span>'
+        f"{escape(p.name)}</th>"
         for k, p in enumerate(result.potentials)
     )
     lines = []
     for row in rows(result):
         kind = ' class="sub"' if row.label.startswith(" ") else ""
-        cells = "".join(f"<td>{escape(value)}</td>" for value in row.values)
+        cells = "".join(
+            f'<td class="value" style="--whose:{colour(k)}">{escape(value)}</td>' for k, value in enumerate(row.values)
+        )
         unit = f'<td class="unit">{escape(row.unit)}</td>'
         lines.append(f'<tr{kind}><th scope="row">{escape(row.label.strip())}</th>{cells}{unit}</tr>')
     body = "\n".join(lines)
     return (
-        f'<section>\n<h2>Side by side{escape(levels(result))}</h2>\n<div class="scroll"><table>\n'
+        f'<section>\n<h2>Side by side{escape(levels(result))}</h2>\n<div class="scroll"><table class="side">\n'
         f"<thead><tr><td></td>{head}<td></td></tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n</section>"
     )
 
@@ -117,6 +120,7 @@ def _methods(result: CompareResult) -> str:
         f"Equivariance error: forces of {group.n_rotations} rotated copies of each frame ({kind} on {space}), rotated "
         "back; their spread about the mean. The mean squared error splits exactly into the error of that mean and "
         "this spread: the share of the loss.",
+        *_parts_and_floor(result),
         f"Verdict: below three rounding floors exact; below {NEGLIGIBLE:g} of the force error negligible here; up to "
         f"{VISIBLE:g} visible; above, dominant.",
         f"NVE: {nve:g} ps from the end of the Langevin run; drift by least squares, with a standard error that "
@@ -136,6 +140,25 @@ def _methods(result: CompareResult) -> str:
             )
     lines = "\n".join(f"<li>{escape(item)}</li>" for item in items)
     return f'<section class="methods">\n<h2>How it was measured</h2>\n<ul>\n{lines}\n</ul>\n</section>'
+
+
+def _parts_and_floor(result: CompareResult) -> list[str]:
+    """How the symmetry error is split over O(3), and where the floors come from."""
+    items = []
+    if result.potentials[0].equivariance.group.inversion:
+        items.append(
+            "Rotations alone: the spread over SO(3), of each frame and of its mirror image. From inversion: half the "
+            "difference between the means of the two. Their squares add up to that of the equivariance error."
+        )
+    kinds = {p.equivariance.force.floor_kind for p in result.potentials}
+    if "measured" in kinds:
+        items.append("Rounding floor: the difference between forces in float32 and in float64, rotations as above.")
+    if "estimated" in kinds:
+        items.append(
+            "Rounding floor (estimated): what is left of sixth differences of the forces along a line of 2·10⁻⁵ Å, "
+            "where everything that is smooth cancels, broken symmetry included."
+        )
+    return items
 
 
 def _footer(result: CompareResult) -> str:

@@ -6,6 +6,7 @@ from equimd.references import METHODS
 from equimd.report.comparison import CompareResult, PotentialResult
 from equimd.report.numbers import number, with_error
 from equimd.report.verdict import WORDS
+from equimd.units import GPA
 
 
 class Row(NamedTuple):
@@ -22,11 +23,16 @@ def rows(result: CompareResult) -> list[Row]:
         ("Force error (MAE)", "meV/Å", _force_mae),
         ("Force error (RMSE)", "meV/Å", _force_rmse),
         ("Energy error (MAE)", "meV/atom", _energy_mae),
-        ("Stress error (MAE)", "meV/Å³", _stress_mae),
+        ("Stress error (MAE)", "meV/Å³ (GPa)", _stress_mae),
         ("Equivariance error", "meV/Å", _equivariance),
+        ("  rotations alone", "meV/Å", _proper),
+        ("  from inversion", "meV/Å", _inversion),
+        ("  rounding floor", "meV/Å", _floor),
         ("  of the RMS force", "", lambda p: number(p.equivariance.force.relative)),
         ("  worst atom", "meV/Å", _worst),
         ("  energy spread", "meV/atom", lambda p: number(1e3 * p.equivariance.energy.std_per_atom)),
+        ("  stress spread", "meV/Å³ (GPa)", lambda p: _stress(p, "rmse_equiv")),
+        ("  stress asymmetry", "meV/Å³ (GPa)", lambda p: _stress(p, "antisymmetric")),
         ("Share of the loss", "%", _percent),
         ("Symmetry error is", "", lambda p: WORDS[p.verdict.level].split(":")[0]),
         ("NVE energy drift", "meV/atom/ps", _drift),
@@ -87,7 +93,35 @@ def _energy_mae(p: PotentialResult) -> str:
 
 
 def _stress_mae(p: PotentialResult) -> str:
-    return number(1e3 * p.accuracy.stress.mae) if p.accuracy.stress else "–"
+    return _both_units(p.accuracy.stress.mae) if p.accuracy.stress else "–"
+
+
+def _both_units(stress: float) -> str:
+    """A stress in meV/Å³, and in GPa."""
+    return f"{number(1e3 * stress)} ({number(stress / GPA, 2)})"
+
+
+def _part(root: float | None, stderr: float) -> str:
+    return "–" if root is None else with_error(1e3 * root, 1e3 * stderr)
+
+
+def _proper(p: PotentialResult) -> str:
+    return _part(p.equivariance.force.proper, p.equivariance.force.proper_stderr)
+
+
+def _inversion(p: PotentialResult) -> str:
+    return _part(p.equivariance.force.inversion, p.equivariance.force.inversion_stderr)
+
+
+def _floor(p: PotentialResult) -> str:
+    force = p.equivariance.force
+    note = " (estimated)" if force.floor_kind == "estimated" else ""
+    return number(None if force.floor is None else 1e3 * force.floor, 2) + note
+
+
+def _stress(p: PotentialResult, field: str) -> str:
+    stress = p.equivariance.stress
+    return "–" if stress is None else _both_units(getattr(stress, field))
 
 
 def _equivariance(p: PotentialResult) -> str:

@@ -2,15 +2,23 @@
 
 import math
 
-from equimd.analysis.equivariance_results import EquivarianceResult
+from equimd.analysis.equivariance_results import EquivarianceResult, ForceSpread, Spread
 from equimd.report.comparison import Level, PotentialResult, Verdict
 from equimd.report.numbers import number
+from equimd.units import GPA
 
 # Symmetry error as a fraction of the model's error: below the first "negligible here", up to the second "visible".
 NEGLIGIBLE = 1 / 10
 VISIBLE = 1 / 2
-# Rounding of a float64 field that has no float32 twin to measure a floor with: some hundred machine epsilons.
+# Rounding of a float64 field whose floor was not looked for: some hundred machine epsilons.
 EXACT_RELATIVE = 1e-13
+# Noise up to here is rounding, or a self-consistent cycle that has converged; a fraction of the RMS force, and in eV/Å
+# for frames whose forces vanish. A calculator with more noise hides a symmetry error of that size: it is not "exact".
+ROUNDING_RELATIVE, ROUNDING_FORCE = 1e-4, 1e-6
+# Fraction of the squared error from which on a part of it is called its source.
+MOSTLY = 1 / 2
+# A spread of the stress beyond this fraction of its RMS is told where the forces do not tell it.
+STRESS_RELATIVE = 1e-2
 # Differences count beyond this many standard errors.
 SIGNIFICANT = 2.0
 
@@ -19,6 +27,7 @@ WORDS: dict[Level, str] = {
     "negligible": "negligible here",
     "visible": "visible",
     "dominant": "dominant",
+    "unknown": "unknown: no labels to compare with",
 }
 
 
@@ -26,24 +35,66 @@ def judge(result: EquivarianceResult) -> Verdict:
     """The verdict on one potential from its equivariance error; needs labels for all but "exact"."""
     loss, force = result.loss, result.force
     ratio = math.sqrt(loss.l_equiv / loss.l_total) if loss and loss.l_total > 0 else float("nan")
-    level = _level(ratio, force.at_floor or force.relative < EXACT_RELATIVE)
+    level = _level(ratio, is_exact(force))
     needed = None
     if loss and loss.l_mean > 0:
         needed = max(1, math.ceil(loss.l_equiv / (NEGLIGIBLE**2 * loss.l_mean)))
     size = f"symmetry error {number(1e3 * force.rmse_equiv, 2)} meV/Å"
     if level == "exact":
-        text = f"{size}, {WORDS[level]}"
+        text = f"{size}, {WORDS[level]}{' (estimated)' if force.floor_kind == 'estimated' else ''}"
     elif math.isnan(ratio):
         text = f"{size}; without labels there is no error to compare it with"
     else:
         share = f"{100 * ratio:.2g} % of the force error" if ratio < 0.995 else "all of the force error"
         text = f"{size}, {share}: {WORDS[level]}"
+    if level != "exact":
+        text += _source(force, result.group.inversion)
     return Verdict(level=level, ratio=ratio, rotations_needed=needed, text=text)
+
+
+def is_exact(force: ForceSpread) -> bool:
+    """Whether the error is that of rounding, and the rounding small enough to say so."""
+    if force.floor is None or not force.at_floor:
+        return force.rmse_equiv == 0 or force.relative < EXACT_RELATIVE
+    return force.floor <= max(ROUNDING_RELATIVE * force.rms_force, ROUNDING_FORCE)
+
+
+def _source(force: ForceSpread, inversion: bool) -> str:
+    """Where an error that is not exact comes from, if one thing makes most of it: noise, or inversion."""
+    if force.at_floor:
+        return f"; it is not above the calculator's own noise of {number(1e3 * (force.floor or 0), 2)} meV/Å"
+    if not inversion or not from_inversion(force):
+        return ""
+    alone = f"{number(1e3 * (force.proper or 0), 2)} meV/Å"
+    return f"; most of it comes from inversion, rotations alone make {alone}"
+
+
+def from_inversion(spread: Spread) -> bool:
+    """Whether inversion makes most of the squared error."""
+    if spread.proper is None or spread.inversion is None:
+        return False
+    return spread.inversion**2 > MOSTLY * (spread.proper**2 + spread.inversion**2)
+
+
+def stress_in_words(result: EquivarianceResult) -> str | None:
+    """A sentence if the stress does not turn with the structure though the forces hardly show it, else None."""
+    stress, level = result.stress, judge(result).level
+    if stress is None or stress.at_floor or not stress.relative > STRESS_RELATIVE:
+        return None
+    if level not in ("exact", "negligible", "unknown"):
+        return None
+    source = ""
+    if from_inversion(stress):
+        source = f", most of it under inversion: rotations alone make {number((stress.proper or 0) / GPA, 2)} GPa"
+    size = f"{number(stress.rmse_equiv_gpa, 2)} GPa, {100 * stress.relative:.2g} % of its RMS"
+    return f"The stress of {result.name} is not equivariant: its symmetry error is {size}{source}."
 
 
 def _level(ratio: float, exact: bool) -> Level:
     if exact:
         return "exact"
+    if math.isnan(ratio):
+        return "unknown"
     if ratio < NEGLIGIBLE:
         return "negligible"
     return "visible" if ratio <= VISIBLE else "dominant"
@@ -52,6 +103,8 @@ def _level(ratio: float, exact: bool) -> Level:
 def in_words(potentials: list[PotentialResult]) -> list[str]:
     """The comparison in sentences: symmetry of each, then accuracy, speed and energy conservation of the pair."""
     lines = [f"{p.name}: {p.verdict.text}." for p in potentials]
+    lines += [line for p in potentials if (line := stress_in_words(p.equivariance))]
+    lines += [f"{p.name}: {p.accuracy.suspicious}." for p in potentials if p.accuracy.suspicious]
     lines += [line for p in potentials if (line := _averaging(p))]
     if len(potentials) > 1:
         lines += [_accuracy(potentials), _speed(potentials)]

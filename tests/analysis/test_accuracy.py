@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
@@ -86,6 +87,59 @@ def test_stress_and_a_reference_calculator():
     assert result.stress.rmse == pytest.approx(0.01)
     assert result.n_stresses == 1
     assert result.force is None
+
+
+def test_stress_is_given_in_gpa_too():
+    crystal = bulk("Cu", cubic=True)
+    stress = as_force_field(EMT()).evaluate([crystal]).stresses[0]
+    crystal.calc = SinglePointCalculator(crystal, stress=stress - 0.01)
+    result = evaluate_accuracy(EMT(), [crystal])
+    assert result.stress_gpa.mae == pytest.approx(1.6021766, rel=1e-6)  # 1 eV/Å³ is 160.2 GPa
+
+
+def grouped(*names, key="config_type"):
+    frames = [frame(energy=0.9 * (k + 1), force=0.1 * (k + 1)) for k in range(len(names))]
+    for atoms, name in zip(frames, names, strict=True):
+        if name is not None:
+            atoms.info[key] = name
+    return frames
+
+
+def test_errors_by_group_with_counts():
+    frames = [*grouped("bulk", "slab", "bulk", None), frame(force=0.7), molecule("H2O")]
+    frames[4].info["Config_Type"] = "slab"  # in any case
+    frames[5].info["config_type"] = "bulk"  # without labels
+    result = evaluate_accuracy(lennard_jones(), frames)
+    assert result.group_key == "config_type"
+    assert list(result.by_group) == ["", "bulk", "slab"]
+    bulk_frames, slab = result.by_group["bulk"], result.by_group["slab"]
+    assert (bulk_frames.n_frames, bulk_frames.n_energies, bulk_frames.n_forces) == (3, 2, 2)
+    assert bulk_frames.force.mae == pytest.approx((0.1 + 0.3) / 2)
+    assert bulk_frames.force.rmse == pytest.approx(np.sqrt((0.01 + 0.09) / 2))
+    assert bulk_frames.energy_per_atom.mae == pytest.approx((0.1 + 0.3) / 2)
+    assert (slab.n_energies, slab.n_forces) == (1, 2)
+    assert slab.force.mae == pytest.approx((0.2 + 0.7) / 2)
+    assert result.by_group[""].force.mae == pytest.approx(0.4)
+    assert AccuracyResult.model_validate_json(result.to_json()) == result
+
+
+def test_names_that_number_the_frames_group_nothing():
+    assert evaluate_accuracy(lennard_jones(), grouped("a", "b", "c", key="label")).by_group == {}
+    assert set(evaluate_accuracy(lennard_jones(), grouped("a", "b", "b", key="label")).by_group) == {"a", "b"}
+    assert set(evaluate_accuracy(lennard_jones(), grouped("a", "b")).by_group) == {"a", "b"}  # config_type always does
+    assert evaluate_accuracy(lennard_jones(), grouped(None, None)).group_key is None
+
+
+def test_a_force_error_of_zero_is_suspicious():
+    frames = [frame(force=0.0), frame(force=0.0, seed=1), frame(force=0.1, seed=2)]
+    result = evaluate_accuracy(lennard_jones(), frames)
+    assert "2 of 3 labelled frames is zero to rounding" in result.suspicious
+    assert "the potential's own predictions" in result.suspicious
+    # Negative twins: a small error, and forces that vanish on both sides.
+    assert evaluate_accuracy(lennard_jones(), [frame(force=1e-4)]).suspicious is None
+    alone = Atoms("H", positions=[[0, 0, 0]])
+    alone.calc = SinglePointCalculator(alone, forces=np.zeros((1, 3)))
+    assert evaluate_accuracy(lennard_jones(), [alone]).suspicious is None
 
 
 def test_json_has_the_promised_fields_and_can_be_read_again():

@@ -171,11 +171,107 @@ def test_random_rotations_agree_with_the_closed_form_within_the_error_bar():
     assert again.group.seed == 1
 
 
-def test_inversion_sees_chirality_and_rotations_alone_do_not():
+# --- rotations and inversion apart -----------------------------------------------------------------------------------
+
+
+class Sum(Calculator):
+    """Energies and forces of several calculators added up."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = parts
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        super().calculate(atoms, properties, system_changes)
+        forces = sum(part.get_forces(self.atoms) for part in self.parts)
+        self.results = {"energy": sum(p.get_potential_energy(self.atoms) for p in self.parts), "forces": forces}
+
+
+class FlippedStress(EMT):
+    """EMT whose stress has the sign of the cell's handedness, as if the volume were the determinant."""
+
+    def calculate(self, *args, **options):
+        super().calculate(*args, **options)
+        if "stress" in self.results:
+            self.results["stress"] = np.sign(np.linalg.det(self.atoms.cell.array)) * self.results["stress"]
+
+
+def rms(values):
+    return np.sqrt((np.asarray(values) ** 2).mean())
+
+
+def test_chirality_is_all_inversion():
     atoms = ethanol(0)
-    assert equivariance_error(Chiral(), atoms, inversion=False, extras=PLAIN).force.relative < 1e-12
-    # ā = 0 with inversion: all of the force is spread.
-    assert equivariance_error(Chiral(), atoms, inversion=True, extras=PLAIN).force.rmse_equiv > 0.1
+    alone = equivariance_error(Chiral(), atoms, inversion=False, extras=PLAIN)
+    assert alone.force.relative < 1e-12
+    assert alone.force.proper == alone.force.rmse_equiv
+    assert alone.force.inversion is None
+    both = equivariance_error(Chiral(), atoms, extras=PLAIN)
+    # ā = 0 with inversion: all of the force is spread, and all of the energy.
+    forces, energy = Chiral().get_forces(atoms), Chiral().get_potential_energy(atoms)
+    assert both.force.inversion == pytest.approx(rms(forces), rel=1e-10)
+    assert both.force.proper < 1e-12 * both.force.rmse_equiv
+    assert both.energy.inversion == pytest.approx(abs(energy) / len(atoms), rel=1e-10)
+    assert both.energy.proper < 1e-12 * both.energy.std_per_atom
+
+
+@pytest.mark.parametrize("coefficients", [(2e-3, 0, 0), (0, 1e-3, 0), (0, 0, 5e-4)])
+def test_anisotropy_of_either_parity_is_all_proper(coefficients):
+    result = equivariance_error(AnisotropicMock(coefficients), ethanol(0), degree=6, extras=PLAIN)
+    assert result.force.proper == pytest.approx(result.force.rmse_equiv, rel=1e-12)
+    assert result.force.inversion < 1e-10 * result.force.rmse_equiv
+    assert result.energy.inversion < 1e-10 * result.energy.std_per_atom
+
+
+def test_both_at_once_are_told_apart_and_sum_to_the_whole():
+    mock, frames = AnisotropicMock(), [ethanol(0), ethanol(1)]
+    result = equivariance_error(Sum(mock, Chiral()), frames, degree=6, extras=PLAIN)
+    force, energy = result.force, result.energy
+    assert force.proper == pytest.approx(rms([np.sqrt(mock.spread(f).mean() / 3) for f in frames]), rel=1e-10)
+    assert force.inversion == pytest.approx(rms([Chiral().get_forces(f) for f in frames]), rel=1e-10)
+    assert force.rmse_equiv**2 == pytest.approx(force.proper**2 + force.inversion**2, rel=1e-13)
+    assert energy.std_per_atom**2 == pytest.approx(energy.proper**2 + energy.inversion**2, rel=1e-12)
+    assert result.per_frame.inversion_squared == pytest.approx([rms(Chiral().get_forces(f)) ** 2 for f in frames])
+
+
+def test_parts_from_random_rotations_agree_within_their_error_bars():
+    mock, frames = AnisotropicMock(), [ethanol(0)] * 60
+    force = equivariance_error(Sum(mock, Chiral()), frames, n_rotations=4, seed=1, extras=PLAIN).force
+    proper, inversion = np.sqrt(mock.spread(frames[0]).mean() / 3), rms(Chiral().get_forces(frames[0]))
+    assert abs(force.proper - proper) < 4 * force.proper_stderr < proper
+    assert abs(force.inversion - inversion) < 4 * force.inversion_stderr < inversion
+    assert force.rmse_equiv**2 == pytest.approx(force.proper**2 + force.inversion**2, rel=1e-12)
+    # Nothing there: the estimate of the square scatters about zero, and the error bar covers it.
+    nothing = equivariance_error(mock, frames, n_rotations=4, seed=1, extras=PLAIN).force
+    assert nothing.inversion < 4 * nothing.inversion_stderr
+    assert min(equivariance_error(mock, frames, n_rotations=4, extras=PLAIN).per_frame.inversion_squared) < 0
+
+
+def test_a_stress_that_flips_under_inversion_is_found_though_forces_are_exact():
+    crystal = bulk("Cu", a=3.5, cubic=True)
+    crystal.rattle(0.1, seed=0)
+    result = equivariance_error(FlippedStress(), crystal, degree=3, extras=Extras(check_frames=0))
+    expected = rms(ASEForceField(EMT()).evaluate([crystal]).stresses[0])
+    assert result.force.at_floor
+    assert result.stress.inversion == pytest.approx(expected, rel=1e-10)
+    assert result.stress.proper < 1e-10 * expected
+    assert result.stress.relative == pytest.approx(1.0)
+    assert result.stress.rmse_equiv_gpa == pytest.approx(160.21766 * expected, rel=1e-6)
+    assert not result.stress.at_floor
+    right = equivariance_error(EMT(), crystal, degree=3, extras=Extras(check_frames=0)).stress  # negative twin
+    assert right.at_floor
+    assert right.relative < 1e-12
+
+
+def test_labels_that_are_the_potentials_own_are_called_suspicious():
+    mock, frames = AnisotropicMock(), [ethanol(0), ethanol(1)]
+    own = [labelled(f, mock.get_forces(f).astype(np.float32)) for f in frames]
+    result = equivariance_error(mock, own, degree=3, extras=PLAIN)
+    assert "2 of 2 labelled frames is zero to rounding" in result.loss.suspicious
+    other = [labelled(f, lennard_jones().get_forces(f)) for f in frames]  # off by the anisotropy alone
+    assert equivariance_error(mock, other, degree=3, extras=PLAIN).loss.suspicious is None
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -242,11 +338,19 @@ def test_floor_is_the_rounding_and_decides():
     assert not broken.force.at_floor
 
 
-def test_no_floor_where_there_is_one_precision_only():
-    for field in (lennard_jones(), InPrecision(lennard_jones(), "float64")):
+def test_floor_is_measured_where_there_are_two_precisions_and_estimated_where_not():
+    for field, kind in (
+        (InPrecision(lennard_jones()), "measured"),
+        (InPrecision(lennard_jones(), "float64"), "estimated"),
+    ):
         force = equivariance_error(field, ethanol(0), degree=3, extras=Extras(check_frames=0)).force
-        assert force.floor is None
-        assert not force.at_floor
+        assert force.floor_kind == kind
+        assert force.floor > 0
+    none = equivariance_error(lennard_jones(), ethanol(0), degree=3, extras=PLAIN).force
+    assert (none.floor, none.floor_kind, none.at_floor) == (None, None, False)
+    field = ASEForceField(lennard_jones())
+    field.stochastic = True  # its noise is meant: no rounding
+    assert equivariance_error(field, ethanol(0), degree=3, extras=Extras(check_frames=0)).force.floor is None
 
 
 # --- the interface ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 import equimd
 from equimd.cli import app
@@ -164,6 +167,61 @@ def test_equivariance(run, potentials, labelled):
     assert broken["loss"]["percent_of_loss"] > exact["loss"]["percent_of_loss"]
     shown = run("equivariance", potentials["transformer"], labelled, "--random", 4, "--stride", 2)
     assert "Share of the loss" in shown.stdout
+
+
+def crystals(**info):
+    """Two crystals of hydrogen and oxygen, labelled with forces and stress."""
+    frames = []
+    for k in range(2):
+        atoms = Atoms(
+            "OHHO", [[0, 0, 0], [1.0, 0.1, 0], [0.2, 1.0, 0.3], [1.8, 1.7, 1.5]], cell=[3.4, 3.5, 3.6], pbc=True
+        )
+        atoms.rattle(0.02, seed=k)
+        forces = np.arange(12.0).reshape(4, 3) - 5.5
+        atoms.calc = SinglePointCalculator(atoms, energy=-200.0, forces=forces, stress=np.full(6, 0.01))
+        atoms.info.update({key: values[k] for key, values in info.items()})
+        frames.append(atoms)
+    return frames
+
+
+def test_parts_and_stress_are_shown(run, potentials):
+    write_frames("crystals.xyz", crystals())
+    command = ("equivariance", potentials["transformer"], "crystals.xyz", "--degree", 2)
+    shown = run(*command)
+    assert shown.exit_code == 0, shown.stderr
+    for text in ("rotations alone", "from inversion", "Spread of the stress", "asymmetry", "GPa", "rounding floor"):
+        assert text in shown.stdout
+    assert "Suspicious" not in shown.stdout
+    result = as_json(run(*command, "--json", "-"))
+    for block, whole in (("force", "rmse_equiv"), ("energy", "std_per_atom"), ("stress", "rmse_equiv")):
+        part = result[block]
+        assert part[whole] ** 2 == pytest.approx(part["proper"] ** 2 + part["inversion"] ** 2, rel=1e-9)
+    assert result["force"]["floor_kind"] == "measured"
+    assert "from inversion" not in run(*command, "--no-inversion").stdout
+
+
+def test_errors_by_group_and_stress_in_gpa_are_shown(run, potentials):
+    write_frames("crystals.xyz", crystals(config_type=["bulk", "liquid"]))
+    shown = run("evaluate", potentials["equivariant"], "crystals.xyz").stdout
+    for text in ("By config_type", "bulk", "liquid", "GPa", "meV/Å³"):
+        assert text in shown
+    write_frames("one.xyz", crystals(config_type=["bulk", "bulk"]))
+    assert "By config_type" not in run("evaluate", potentials["equivariant"], "one.xyz").stdout
+    result = as_json(run("evaluate", potentials["equivariant"], "one.xyz", "--json", "-"))
+    assert result["by_group"]["bulk"]["n_forces"] == 2
+
+
+def test_labels_that_are_predictions_are_called_suspicious(run, potentials):
+    from equimd.cli.common import make_calculator
+
+    calculator = make_calculator(potentials["transformer"])
+    frames = crystals()
+    for frame in frames:  # forces alone, as another program would store them
+        frame.calc = SinglePointCalculator(frame, forces=calculator.get_forces(frame).round(6))
+    write_frames("own.xyz", frames)
+    for command in ("evaluate", "equivariance"):
+        shown = run(command, potentials["transformer"], "own.xyz").stdout
+        assert "Suspicious: the force error of 2 of 2 labelled frames is zero to rounding" in shown
 
 
 def test_throughput_writes_json_and_shows_a_table(run, potentials):

@@ -1,5 +1,6 @@
 """The page: self-contained, complete, and without side effects."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,10 +8,12 @@ import matplotlib as mpl
 import pytest
 from synthetic import make_result
 
+from equimd.analysis.accuracy import Errors
+from equimd.analysis.equivariance_results import StressSpread
 from equimd.errors import InputError
 from equimd.report import load_results, write_report
 from equimd.report.figures import pareto_front
-from equimd.report.page import render
+from equimd.report.page import _methods, render
 from equimd.report.table import rich_table, rows
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -67,6 +70,35 @@ def test_every_figure_and_fact_is_there(page, result):
     assert "GFN2-xTB" in page
 
 
+def test_a_phone_can_tell_whose_every_number_is(page, result):
+    """Below 760 px a row is a heading and its numbers, each with the badge and colour of its potential."""
+    n_rows, n = len(rows(result)), len(result.potentials)
+    cells = re.findall(r'<td class="value" style="--whose:(#\w+)">', page)
+    assert cells == re.findall(r'<th scope="col" style="--whose:(#\w+)">', page) * n_rows
+    assert len(set(cells)) == n
+    narrow = page[page.index("@media screen and (max-width: 760px)") : page.index("@media print")]
+    for name in set(re.findall(r"\.([a-z]+)", narrow)):
+        assert re.search(rf'class="[^"]*\b{name}\b', page) or name == "svg", name
+
+
+def test_long_names_leave_the_figures_their_room():
+    """Warnings are errors here: matplotlib warns when a legend leaves no room for the axes."""
+    names = ("alanine-dipeptide-equivariant", "alanine-dipeptide-transformer", "long" * 20)
+    page = render(make_result(names=names, symmetry=(1e-7, 1e-3, 1e-2)))
+    assert page.count("<svg") == 6
+
+
+def test_how_floors_were_found_is_said(page, result):
+    assert "difference between forces in float32 and in float64" in page
+    assert "sixth differences" not in page
+    first = result.potentials[0]
+    force = first.equivariance.force.model_copy(update={"floor_kind": "estimated"})
+    other = first.model_copy(update={"equivariance": first.equivariance.model_copy(update={"force": force})})
+    assert "sixth differences" in _methods(result.model_copy(update={"potentials": [other]}))
+    table = {row.label.strip(): row for row in rows(result.model_copy(update={"potentials": [other]}))}
+    assert table["rounding floor"].values == ["1.9·10⁻⁴ (estimated)"]
+
+
 def test_names_are_escaped():
     page = render(make_result(names=("<b>a", "b&c")))
     assert "<b>a" not in page
@@ -117,8 +149,68 @@ def test_table_carries_units_and_error_bars(result):
     assert table["Force error (MAE)"].unit == "meV/Å"
     assert "±" in table["Equivariance error"].values[1]
     assert table["Symmetry error is"].values == ["exact", "visible"]
+    whole = 1e3 * result.potentials[1].equivariance.force.rmse_equiv
+    for label, share in (("rotations alone", 0.96), ("from inversion", 0.28)):
+        assert float(table[label].values[1].split(" ± ")[0]) == pytest.approx(share * whole, rel=0.01)  # three digits
     assert "Stress error (MAE)" not in table  # nobody has it
+    assert "stress spread" not in table
     assert rich_table(result).row_count == len(table)
+
+
+def test_stress_is_in_both_units(result):
+    stress = StressSpread(rmse_equiv=6.2415e-3, antisymmetric=6.2415e-5)
+    errors = Errors(mae=6.2415e-3, rmse=0.01)
+    first = result.potentials[0]
+    update = {
+        "equivariance": first.equivariance.model_copy(update={"stress": stress}),
+        "accuracy": first.accuracy.model_copy(update={"stress": errors}),
+    }
+    changed = result.model_copy(update={"potentials": [first.model_copy(update=update), result.potentials[1]]})
+    table = {row.label.strip(): row for row in rows(changed)}
+    for label, shown in (
+        ("Stress error (MAE)", "6.24 (1.00)"),
+        ("stress spread", "6.24 (1.00)"),
+        ("stress asymmetry", "0.0624 (0.0100)"),
+    ):
+        assert table[label].values == [shown, "–"]
+        assert table[label].unit == "meV/Å³ (GPa)"
+
+
+def test_results_of_0_1_0_are_read(result, tmp_path):
+    """Results without the parts, floors of energy and stress, groups and levels that came later."""
+    new = {
+        "equivariance.force": ("proper", "proper_stderr", "inversion", "inversion_stderr", "floor_kind"),
+        "equivariance.energy": (
+            "stderr",
+            "proper",
+            "proper_stderr",
+            "inversion",
+            "inversion_stderr",
+            "floor",
+            "at_floor",
+        ),
+        "equivariance.loss": ("suspicious",),
+        "equivariance.per_frame": (
+            "inversion_squared",
+            "energy_inversion_squared",
+            "stress_variance",
+            "stress_inversion_squared",
+        ),
+        "accuracy": ("stress_gpa", "group_key", "by_group", "suspicious"),
+        "accuracy_own": ("stress_gpa", "group_key", "by_group", "suspicious"),
+    }
+    data = json.loads(result.to_json())
+    for potential in data["potentials"]:
+        for path, fields in new.items():
+            block = potential
+            for name in path.split("."):
+                block = block[name]
+            for field in fields:
+                del block[field]
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    labels = [row.label.strip() for row in rows(load_results(tmp_path))]
+    assert "rotations alone" not in labels
+    assert "Equivariance error" in labels
 
 
 def test_pareto_front():

@@ -5,6 +5,7 @@ import math
 import pytest
 from synthetic import make_potential, make_result
 
+from equimd.analysis.equivariance_results import StressSpread
 from equimd.report.verdict import drift_is_significant, in_words, judge
 
 
@@ -53,6 +54,60 @@ def test_without_labels_there_is_no_share():
     verdict = judge(result)
     assert math.isnan(verdict.ratio)
     assert "without labels" in verdict.text
+
+
+def test_without_labels_the_level_is_unknown_unless_it_is_exact():
+    result = make_potential("x", "transformer", 1e-3, 1e-2, 5.0).equivariance.model_copy(update={"loss": None})
+    assert judge(result).level == "unknown"
+    exact = result.model_copy(update={"force": result.force.model_copy(update={"at_floor": True})})
+    assert judge(exact).level == "exact"
+
+
+def test_no_spread_at_all_is_exact():
+    """As on one atom alone, whose force and floor are zero: there is nothing to be relative to."""
+    alone = {"relative": math.nan, "floor": 0.0, "at_floor": False}
+    assert judged(0.0, **alone).level == "exact"
+    assert judged(1e-9, **alone).level != "exact"
+
+
+def test_a_floor_of_noise_is_not_exact():
+    assert judged(2e-3, at_floor=True, floor=1e-3, rms_force=1.0, floor_kind="estimated").level == "visible"
+    assert "not above the calculator's own noise of 1.0 meV/Å" in judged(1e-3, at_floor=True, floor=1e-3).text
+    assert judged(1e-5, at_floor=True, floor=1e-5, rms_force=1.0).level == "exact"
+    # Where forces vanish by symmetry, rounding is all there is.
+    assert judged(1e-9, at_floor=True, floor=1e-9, rms_force=1e-9).level == "exact"
+
+
+def test_inversion_is_named_where_it_makes_most_of_the_error():
+    told = judged(1e-3, proper=6e-7, inversion=1e-3).text
+    assert told.endswith("most of it comes from inversion, rotations alone make 6.0·10⁻⁴ meV/Å")
+    assert "inversion" not in judged(1e-3, proper=8e-4, inversion=6e-4).text
+    assert "inversion" not in judged(1e-3, proper=None, inversion=None).text  # as in older results
+    assert "inversion" not in judged(1e-9, proper=1e-10, inversion=1e-9, at_floor=True).text
+
+
+def with_stress(symmetry=1e-9, **stress):
+    """A comparison's entry that has a stress of RMS 0.01 eV/Å³ and is exact in its forces."""
+    p = make_potential("x", "equivariant", symmetry, 1e-2, 5.0)
+    block = StressSpread(rmse_equiv=5e-3, relative=0.5, rms_stress=1e-2, antisymmetric=0.0, rmse_equiv_gpa=0.8)
+    update = {"stress": block.model_copy(update=stress)}
+    return p.model_copy(update={"equivariance": p.equivariance.model_copy(update=update)})
+
+
+def test_a_stress_that_does_not_turn_is_told_though_the_forces_are_exact():
+    (line,) = (line for line in in_words([with_stress(proper=1e-9, inversion=5e-3)]) if "stress" in line)
+    assert line.startswith("The stress of x is not equivariant: its symmetry error is 0.80 GPa, 50 % of its RMS")
+    assert "most of it under inversion: rotations alone make 1.6·10⁻⁷ GPa" in line
+    assert "inversion" not in next(w for w in in_words([with_stress(proper=5e-3, inversion=1e-9)]) if "stress" in w)
+    for silent in (with_stress(relative=1e-3), with_stress(at_floor=True), with_stress(symmetry=9e-3)):
+        assert "stress" not in " ".join(in_words([silent]))
+
+
+def test_suspicious_labels_are_told():
+    p = make_result().potentials[0]
+    told = p.model_copy(update={"accuracy": p.accuracy.model_copy(update={"suspicious": "these labels are odd"})})
+    assert f"{p.name}: these labels are odd." in in_words([told])
+    assert "odd" not in " ".join(in_words([p]))
 
 
 def test_words_name_the_better_the_faster_and_the_drift():
