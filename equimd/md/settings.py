@@ -1,13 +1,13 @@
 """What is simulated."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from equimd.errors import InputError
+from equimd.results import Checked
 
 
-class MDSettings(BaseModel):
+class MDSettings(Checked):
     """Settings of a run; frozen, unknown keys are refused.
 
     temperature_K: of the thermostat, and of the initial velocities where the structure brings none (a relaxed structure
@@ -38,16 +38,10 @@ class MDSettings(BaseModel):
         return self
 
 
-def make_settings(**values: object) -> MDSettings:
+def make_settings(**values: Any) -> MDSettings:
     """Settings from keywords.
 
     Raises:
         InputError: one line for the first value that is refused.
     """
-    try:
-        return MDSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{name} is {first['input']!r}: {message}" if name else message) from error
+    return MDSettings(**values)
