@@ -29,7 +29,6 @@ def md(
     potential: PotentialName,
     structure: StructureName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Trajectory: .h5 (H5MD) or .xyz.")],
-    engine: Annotated[str, typer.Option(help="ase.")] = "ase",
     ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
     steps: Annotated[int, typer.Option(help="Number of steps in all.")] = 2000,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
@@ -52,7 +51,6 @@ def md(
     from equimd.md.settings import make_settings
 
     settings = make_settings(
-        engine=engine,
         ensemble=ensemble,
         steps=steps,
         timestep_fs=timestep,
