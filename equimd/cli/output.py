@@ -78,11 +78,11 @@ def _lent_to_stderr() -> Iterator[None]:
     global _alone
     stream, descriptor, kept = sys.stdout, _descriptor(sys.stdout), None
     stream.flush()
-    _alone = stream
+    _alone = out = stream
     if descriptor is not None:
         _flush_c()  # what was printed before
         kept = os.dup(descriptor)
-        _alone = open(kept, "w", encoding="ascii", newline="\n")  # noqa: SIM115 (closed below)
+        _alone = out = open(kept, "w", encoding="ascii", newline="\n")  # noqa: SIM115 (closed below)
         target = _descriptor(sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY) if target is None else target, descriptor)
     if sys.stderr is not None:
@@ -95,7 +95,7 @@ def _lent_to_stderr() -> Iterator[None]:
             _flush_c()  # what C libraries hold back would follow the JSON
             os.dup2(kept, descriptor)
             with contextlib.suppress(OSError):  # whoever read it has gone
-                _alone.close()
+                out.close()
         _alone = None
 
 

@@ -14,7 +14,8 @@ import equimd
 from equimd.cli import app, output
 from equimd.cli.common import grid
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(equimd.__file__).parents[1])}
+# The same package; C's output is held back as it usually is.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(equimd.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
 
 
 class Answer:
