@@ -75,6 +75,9 @@ def _report(error: Exception) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         _say(f"error: no space left on the disk{where}; make room and run again, files already written are whole")
         return FAILED
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        _say(f"error: the name {str(error.filename)[:60]}… is longer than this system allows; give a shorter one")
+        return BAD_INPUT
     kind = type(error).__name__
     _say(f"error: {kind}: {error or 'no message'} (EQUIMD_DEBUG=1 or equimd --debug shows where)")
     return FAILED

@@ -23,6 +23,7 @@ from equimd.cli.common import (
     progress,
     read_structure,
 )
+from equimd.errors import InputError
 
 
 def md(
@@ -47,6 +48,8 @@ def md(
 ) -> None:
     """Run molecular dynamics; a killed run continues with --resume."""
     check_json(json)
+    if output.is_dir():
+        raise InputError(f"-o is {output}, a folder; accepted is a file that ends in .h5 or .xyz")
     from equimd.md import run_md
     from equimd.md.settings import make_settings
 

@@ -19,11 +19,11 @@ class MDSettings(Checked):
 
     ensemble: Literal["nve", "nvt", "npt"] = "nvt"
     steps: int = Field(default=1000, ge=0)
-    timestep_fs: float = Field(default=0.5, gt=0, le=20)
-    temperature_K: float = Field(default=300.0, ge=0)
-    friction_per_fs: float = Field(default=0.01, gt=0)
-    pressure_bar: float = 1.0
-    barostat_time_fs: float = Field(default=1000.0, gt=0)
+    timestep_fs: float = Field(default=0.5, gt=0, le=20, allow_inf_nan=False)
+    temperature_K: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    friction_per_fs: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    pressure_bar: float = Field(default=1.0, allow_inf_nan=False)
+    barostat_time_fs: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     stride: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     seed: int = Field(default=0, ge=0)
