@@ -79,7 +79,7 @@ def ranks(parent: int) -> list[int]:
 
 def kill_one(name: str, work: Path) -> dict[str, Any]:
     """Kill the second process once a state is written; seconds to the end, and a resume by one process."""
-    from equimd.models.checkpoint import read_tensors
+    from equimd.models.container import read_tensors
     from equimd.training.state import FORMAT, STATE_FILE
 
     out = work / "killed"

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from equimd.models.header import seal
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 README = ROOT / "README.md"
@@ -44,7 +46,8 @@ def release(run: Path, name: str) -> None:
     data = ROOT / "data" / name.rsplit("-", 1)[0]
     shutil.copyfile(run / "model.safetensors", folder / "model.safetensors")
     shutil.copyfile(data / "start.xyz", folder / "start.xyz")
-    card = make_card(folder, name, data)
+    (folder / "card.yaml").unlink(missing_ok=True)  # of other weights, which would be refused beside it
+    card = seal(make_card(folder, name, data), "card_sha256")
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110)
     (folder / "card.yaml").write_text(text, encoding="utf-8")
     print(text)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from equimd.cli import output
 from equimd.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,8 +124,11 @@ def read_structure(name: str, select: str | None = None, no_pbc: bool = False) -
 
 
 def check_json(target: str | None) -> None:
-    """Refuse, before the work starts, a place where the result could not be written after it."""
-    if target is None or target == "-":
+    """Refuse, before the work starts, a place where the result could not be written after it; keep stdout for ``-``."""
+    if target is None:
+        return
+    if target == "-":
+        output.keep_for_json()
         return
     path = Path(target)
     if path.is_dir():
@@ -139,7 +142,7 @@ def check_json(target: str | None) -> None:
 def emit(result: "Result", target: str | None, show: Callable[[], Any]) -> None:
     """Write JSON where asked; show the result for humans unless standard output is taken."""
     if target == "-":
-        sys.stdout.write(result.to_json() + "\n")
+        output.write_json(result.to_json())
         return
     if target is not None:
         path = Path(target)
@@ -147,9 +150,7 @@ def emit(result: "Result", target: str | None, show: Callable[[], Any]) -> None:
             path.write_text(result.to_json() + "\n", encoding="utf-8")
         else:
             result.write(path)
-    from rich.console import Console
-
-    Console(highlight=False, soft_wrap=True).print(show())
+    output.show(show())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from typer import Abort, Exit
 from typer.core import TyperGroup
 
+from equimd.cli.output import session, speakable
 from equimd.errors import FailedError, InputError, KernelWarning
 
 FAILED, BAD_INPUT = 1, 2
@@ -26,8 +27,12 @@ class Commands(TyperGroup):
         arguments = sys.argv[1:] if args is None else list(args)
         debug = "--debug" in arguments or os.environ.get("EQUIMD_DEBUG", "") not in ("", "0")
         extra["standalone_mode"] = False
+        with speakable():
+            self._run(arguments, debug, extra)
+
+    def _run(self, arguments: list[str], debug: bool, extra: dict[str, Any]) -> Any:
         try:
-            with _plain_warnings():
+            with _plain_warnings(), session():
                 code = super().main(arguments, "equimd", **extra)
                 _flush()
         except KeyboardInterrupt:
@@ -70,6 +75,9 @@ def _report(error: Exception) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         _say(f"error: no space left on the disk{where}; make room and run again, files already written are whole")
         return FAILED
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        _say(f"error: the name {str(error.filename)[:60]}… is longer than this system allows; give a shorter one")
+        return BAD_INPUT
     kind = type(error).__name__
     _say(f"error: {kind}: {error or 'no message'} (EQUIMD_DEBUG=1 or equimd --debug shows where)")
     return FAILED
@@ -81,7 +89,8 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _flush() -> None:
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _say(text: str) -> None:

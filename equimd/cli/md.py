@@ -25,13 +25,13 @@ from equimd.cli.common import (
     progress,
     read_structure,
 )
+from equimd.errors import InputError
 
 
 def md(
     potential: PotentialName,
     structure: StructureName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Trajectory: .h5 (H5MD) or .xyz.")],
-    engine: Annotated[str, typer.Option(help="ase.")] = "ase",
     ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
     steps: Annotated[int, typer.Option(help="Number of steps in all.")] = 2000,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
@@ -52,11 +52,12 @@ def md(
 ) -> None:
     """Run molecular dynamics; a killed run continues with --resume."""
     check_json(json)
+    if output.is_dir():
+        raise InputError(f"-o is {output}, a folder; accepted is a file that ends in .h5 or .xyz")
     from equimd.md import run_md
     from equimd.md.settings import make_settings
 
     settings = make_settings(
-        engine=engine,
         ensemble=ensemble,
         steps=steps,
         timestep_fs=timestep,

@@ -187,7 +187,8 @@ def clebsch_gordan(l1: int, l2: int, l3: int) -> np.ndarray:
     import torch
     from e3nn import o3
 
-    cg = o3.wigner_3j(l1, l2, l3, dtype=torch.float64, device="cpu").numpy() * math.sqrt(2 * l3 + 1)
+    with torch.device("cpu"):  # e3nn makes some of its tensors on the default device
+        cg = o3.wigner_3j(l1, l2, l3, dtype=torch.float64, device="cpu").numpy() * math.sqrt(2 * l3 + 1)
     cg[np.abs(cg) < 1e-12] = 0.0
     cg.setflags(write=False)
     return cg

@@ -1,13 +1,13 @@
 """What is simulated."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from equimd.errors import InputError
+from equimd.results import Checked
 
 
-class MDSettings(BaseModel):
+class MDSettings(Checked):
     """Settings of a run; frozen, unknown keys are refused.
 
     temperature_K: of the thermostat, and of the initial velocities where the structure brings none (a relaxed structure
@@ -19,11 +19,11 @@ class MDSettings(BaseModel):
 
     ensemble: Literal["nve", "nvt", "npt"] = "nvt"
     steps: int = Field(default=1000, ge=0)
-    timestep_fs: float = Field(default=0.5, gt=0, le=20)
-    temperature_K: float = Field(default=300.0, ge=0)
-    friction_per_fs: float = Field(default=0.01, gt=0)
-    pressure_bar: float = 1.0
-    barostat_time_fs: float = Field(default=1000.0, gt=0)
+    timestep_fs: float = Field(default=0.5, gt=0, le=20, allow_inf_nan=False)
+    temperature_K: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    friction_per_fs: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    pressure_bar: float = Field(default=1.0, allow_inf_nan=False)
+    barostat_time_fs: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     stride: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -38,16 +38,10 @@ class MDSettings(BaseModel):
         return self
 
 
-def make_settings(**values: object) -> MDSettings:
+def make_settings(**values: Any) -> MDSettings:
     """Settings from keywords.
 
     Raises:
         InputError: one line for the first value that is refused.
     """
-    try:
-        return MDSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{name} is {first['input']!r}: {message}" if name else message) from error
+    return MDSettings(**values)

@@ -5,7 +5,7 @@ with ``ensemble.json``, whose ``members`` are such folders inside. The folder th
 """
 
 import difflib
-import json
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,33 +14,24 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 
 from equimd.errors import InputError, NameWarning
 from equimd.kernels.ambient import building
+from equimd.models.container import read_tensors, write_tensors
 from equimd.models.equivariant import EquivariantPotential, EquivariantSettings
-from equimd.models.potential import MAX_ATOMIC_NUMBER, Potential
+from equimd.models.header import CARD_FILE, check_header, read_card, read_ensemble
+from equimd.models.potential import Potential
 from equimd.models.transformer import TransformerPotential, TransformerSettings
-from equimd.results import DISK_FULL, write_bytes_atomically
+from equimd.results import explain
 
 FORMAT = "equimd"
-FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 ENSEMBLE_FILE = "ensemble.json"
 
 ModelSettings = Annotated[EquivariantSettings | TransformerSettings, Field(discriminator="family")]
 
 _SETTINGS: TypeAdapter[EquivariantSettings | TransformerSettings] = TypeAdapter(ModelSettings)
-_REQUIRED = ("format_version", "family", "settings", "species", "isolated_atom_energies")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# What a file is that is not safetensors, by its first bytes.
-_FOREIGN = {
-    b"\x80": "a pickle, which could run code",
-    b"PK\x03\x04": "a zip archive, as torch.save writes (a pickle inside)",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip file",
-}
 
 
 def build_potential(
@@ -56,21 +47,6 @@ def build_potential(
     raise InputError(f"settings are {type(settings).__name__}; accepted are EquivariantSettings, TransformerSettings")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: where it cannot be written (no permission, no folder).
-        OSError: where the disk is full, which is no fault of the input.
-    """
-    try:
-        write_bytes_atomically(path, content)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise InputError(f"cannot write {path} ({len(content)} bytes): {error.strerror or error}") from error
-
-
 def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str, Any] | None = None) -> None:
     """Write weights and header; format, version, family, settings, species and isolated-atom energies are filled in."""
     from equimd import __version__
@@ -79,41 +55,23 @@ def save_checkpoint(path: str | Path, potential: Potential, header: Mapping[str,
         "package_version": __version__,
         **(header or {}),
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
         "family": potential.family,
         "settings": potential.settings.model_dump(mode="json"),
         "species": list(potential.species),
         "isolated_atom_energies": {str(z): e for z, e in potential.isolated_atom_energies.items()},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in potential.state_dict().items()}
-    metadata = {"format": FORMAT, "header": json.dumps(full, ensure_ascii=False, allow_nan=False)}
-    write_file(Path(path), to_safetensors(tensors, metadata))
+    write_tensors(Path(path), FORMAT, full, tensors)
 
 
-def read_tensors(path: Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and tensors of a file whose metadata says ``kind``; refuses anything else in one line."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != kind or "header" not in metadata:
-                raise InputError(f"{path} is a safetensors file of something else; accepted is format {kind!r}")
-            header = json.loads(metadata["header"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        # The length that a file begins with may look like any of these; after it, a safetensors file goes on as JSON.
-        for magic, what in _FOREIGN.items():
-            if start.startswith(magic) and start[4:] != b"\0\0\0\0{":
-                raise InputError(f"{path} is {what}; accepted is a safetensors file written by equimd") from error
-        raise InputError(f"{path} is truncated or no safetensors file ({error})") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} has a header that is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path} has a header that is a {type(header).__name__}; accepted is an object")
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint, checked as ``load_checkpoint`` does."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    header, tensors = read_tensors(path, FORMAT)
+    check_header(path, header)
     return header, tensors
 
 
@@ -124,52 +82,52 @@ def load_checkpoint(
     """The potential of a checkpoint in evaluation mode, and its header.
 
     Raises:
-        InputError: for a missing, truncated, foreign, inconsistent or newer-format file, in one line.
+        InputError: for a missing, truncated, damaged, foreign, inconsistent or newer-format file, in one line.
     """
     path = Path(path)
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted are {', '.join(_DTYPES)}")
-    header, tensors = read_tensors(path)
-    missing = [key for key in _REQUIRED if key not in header]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]!r} in its header")
-    version = header["format_version"]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise InputError(f"{path} has format_version {version}; this equimd reads up to {FORMAT_VERSION}: upgrade it")
+    header, tensors = _read(path)
+    species = tuple(header["species"])
+    energies = {int(z): float(e) for z, e in header["isolated_atom_energies"].items()}
     try:
         settings = _SETTINGS.validate_python(header["settings"])
-        species = tuple(int(z) for z in header["species"])
-        energies = {int(z): float(e) for z, e in header["isolated_atom_energies"].items()}
-        if not species or not all(1 <= z <= MAX_ATOMIC_NUMBER for z in species):
-            raise ValueError(f"species {list(species)}")
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-            potential = build_potential(settings, species, energies)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} has bad settings: {where}: {first['msg']}") from error
+        raise InputError(f"{path} has bad settings: {explain(error)}") from error
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+            with torch.device("meta"):  # shapes alone, so that nothing is allocated that the file does not hold
+                _check_weights(path, build_potential(settings, species, energies), tensors)
+            with torch.device("cpu"):
+                potential = build_potential(settings, species, energies)
     except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} has a bad header: {error}") from error
-    _load_weights(path, potential, tensors)
+    stored = {tensor.dtype for tensor in tensors.values()}  # weights trained in float64 are not rounded on the way
+    potential.to(torch.float64 if torch.float64 in stored else torch.float32).load_state_dict(tensors)
     return potential.to(device=_device(device), dtype=_DTYPES[dtype]).eval(), header
 
 
-def _load_weights(path: Path, potential: Potential, tensors: dict[str, torch.Tensor]) -> None:
-    expected = potential.state_dict()
+def _check_weights(path: Path, shapes: Potential, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not those of ``shapes``, a potential without values."""
+    expected = shapes.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
             raise InputError(f"{path} lacks the tensor {name!r} that its settings ask for")
-        if tensors[name].shape != tensor.shape:
-            found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
-            raise InputError(f"{path} has {name!r} of shape {found}; its settings ask for {wanted}")
-        if not torch.isfinite(tensors[name]).all():
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise InputError(
+                f"{path} has {name!r} of shape {tuple(found.shape)}; its settings ask for {tuple(tensor.shape)}"
+            )
+        if found.dtype not in _DTYPES.values():
+            accepted = " and ".join(_DTYPES)
+            raise InputError(f"{path} has {name!r} of type {str(found.dtype)[6:]}; accepted are {accepted}")
+        if not torch.isfinite(found).all():
             raise InputError(f"{path} has values in {name!r} that are not finite")
     extra = sorted(set(tensors) - set(expected))
     if extra:
         raise InputError(f"{path} has a tensor {extra[0]!r} that its settings do not know")
-    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        potential.to(torch.float64)  # so that weights trained in float64 are not rounded on the way
-    potential.load_state_dict(tensors)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -247,6 +205,8 @@ def find_potential(name_or_path: str | Path, beside: str | Path = "") -> Path:
 def load_potential(name_or_path: str | Path, device: str | torch.device = "auto", dtype: str = "float32") -> Potential:
     """A trained potential by name or path, ready to compute; ``.header`` is its header, ``.card`` its card or None.
 
+    The file is verified by the SHA-256 in it, and by that of the card beside it.
+
     The folder of an ensemble gives the mean of its members; its header is that of the first, with ``members``
     and the device-hours of all.
     """
@@ -254,51 +214,29 @@ def load_potential(name_or_path: str | Path, device: str | torch.device = "auto"
     if found.is_dir() and not (found / MODEL_FILE).is_file():
         return _load_ensemble(found, device, dtype)
     file = found / MODEL_FILE if found.is_dir() else found
+    card = read_card(file.with_name(CARD_FILE)) if file.name == MODEL_FILE else None
+    if card is not None and card.get("sha256") not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+        raise InputError(f"{file} is damaged or not the file that the card beside it describes: its SHA-256 is another")
     potential, header = load_checkpoint(file, device, dtype)
     potential.header = header  # type: ignore[assignment]
-    potential.card = _read_card(file.parent / "card.yaml")  # type: ignore[assignment]
+    potential.card = card  # type: ignore[assignment]
     return potential
 
 
 def _load_ensemble(folder: Path, device: str | torch.device, dtype: str) -> Potential:
     from equimd.models.ensemble import EnsemblePotential
 
-    file = folder / ENSEMBLE_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        names = content["members"]
-        if not isinstance(names, list) or not all(isinstance(name, str) and _is_plain(name) for name in names):
-            raise TypeError
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} holds no list 'members' of names of folders beside it") from error
+    content = read_ensemble(folder / ENSEMBLE_FILE)
+    names = content["members"]
     loaded = [load_checkpoint(folder / name / MODEL_FILE, device, dtype) for name in names]
     ensemble = EnsemblePotential([potential for potential, _ in loaded]).eval()
     ledgers = [header.get("ledger") or {} for _, header in loaded]
     costs = {key: sum(ledger.get(key) or 0 for ledger in ledgers) for key in ("hours", "steps", "frames_seen")}
     ensemble.header = {  # type: ignore[assignment]
         **loaded[0][1],
-        "name": content.get("name", folder.name),
+        "name": content.get("name") or folder.name,
         "members": names,
         "ledger": {**ledgers[0], **costs, "device_hours": content.get("device_hours")},
     }
-    ensemble.card = _read_card(folder / "card.yaml")  # type: ignore[assignment]
+    ensemble.card = read_card(folder / CARD_FILE)  # type: ignore[assignment]
     return ensemble
-
-
-def _is_plain(name: str) -> bool:
-    """Whether it names something in a folder, not above or elsewhere."""
-    return name not in ("", ".", "..") and Path(name).name == name
-
-
-def _read_card(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    import yaml
-
-    try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    return card if isinstance(card, dict) else None

@@ -57,12 +57,12 @@ class EquivariantSettings(PotentialSettings):
     parity: bool = Field(default=False, description="keep irreps of both parities (pseudo-scalars, pseudo-vectors, …)")
     n_channels: int = Field(default=32, ge=1, le=1024, description="channels per irrep")
     n_bessel: int = Field(default=8, ge=1, le=64, description="radial basis functions")
-    radial_width: int = Field(default=64, ge=1, description="width of the radial networks")
+    radial_width: int = Field(default=64, ge=1, le=4096, description="width of the radial networks")
     radial_depth: int = Field(default=2, ge=1, le=4, description="hidden layers of the radial networks")
-    cutoff_power: int = Field(default=6, ge=3, description="p of the polynomial cutoff")
+    cutoff_power: int = Field(default=6, ge=3, le=64, description="p of the polynomial cutoff")
     rms_norm: bool = Field(default=False, description="equivariant RMS norm before each layer")
     avg_num_neighbors: float | None = Field(
-        default=None, gt=0, description="n̄; None takes the mean of the training set"
+        default=None, ge=1e-3, le=1e5, description="n̄; None takes the mean of the training set"
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from equimd.errors import InputError
@@ -25,6 +25,7 @@ from equimd.kernels import Backend, Topology, fuses, make_topology
 from equimd.kernels.ambient import in_plain_torch, plain_torch
 from equimd.kernels.frozen import Geometry
 from equimd.models.radial import zbl_pair_energy
+from equimd.results import Checked
 
 if TYPE_CHECKING:
     from equimd.models.dual_training import Trainer
@@ -33,7 +34,7 @@ MAX_ATOMIC_NUMBER = 118
 _fusing = threading.Lock()  # several threads may ask for the same network at once
 
 
-class PotentialSettings(BaseModel):
+class PotentialSettings(Checked):
     """What both families share; each architecture's settings extend it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -57,7 +57,7 @@ class TransformerSettings(PotentialSettings):
     n_radial: int = Field(
         default=8, ge=1, le=64, description="Bessel functions of the distance among the edge features"
     )
-    cutoff_width: float = Field(default=1.0, gt=0.0, description="width in Å of the smooth step down to the cutoff")
+    cutoff_width: float = Field(default=1.0, ge=1e-3, description="width in Å of the smooth step down to the cutoff")
     direct_forces: bool = Field(
         default=False, description="forces from a head of their own, not the gradient of the energy"
     )

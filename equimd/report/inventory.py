@@ -24,24 +24,13 @@ class Inventory(Result):
 def inventory() -> Inventory:
     """What this installation offers on this machine."""
     import torch
-    import yaml
 
     from equimd.models.checkpoint import find_potential, list_potentials
+    from equimd.models.header import CARD_FILE, read_card
 
     potentials = []
     for name in list_potentials():
         folder = find_potential(name)
-        file = folder / "card.yaml"
-        card = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-        potentials.append(PotentialInfo(name=name, path=str(folder), card=_plain(card)))
+        potentials.append(PotentialInfo(name=name, path=str(folder), card=read_card(folder / CARD_FILE)))
     devices = ["cpu"] + [f"cuda:{k} ({torch.cuda.get_device_name(k)})" for k in range(torch.cuda.device_count())]
     return Inventory(devices=devices, potentials=potentials, provenance=provenance())
-
-
-def _plain(value: Any) -> Any:
-    """YAML's dates as text, so that a card fits into JSON."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,5 +1,6 @@
 """Ensembles: members that differ in the seed of their weights, of the order of their data and of its rotations."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from equimd.errors import InputError
 from equimd.models.checkpoint import ENSEMBLE_FILE, load_potential
 from equimd.models.ensemble import EnsemblePotential
-from equimd.results import Number, Result, provenance
+from equimd.models.header import seal
+from equimd.results import Number, Result, provenance, write_text_atomically
 from equimd.training.distributed import World
 from equimd.training.files import MEMBER, check_folder, explaining_a_full_disk
 from equimd.training.loop import train
@@ -74,7 +76,8 @@ def train_members(
     result = _evaluate(recipe, folder, results, bagging, world)
     with world.together(), explaining_a_full_disk():
         if world.is_first:
-            result.write(folder / ENSEMBLE_FILE)
+            sealed = seal(json.loads(result.to_json()), "sha256")
+            write_text_atomically(folder / ENSEMBLE_FILE, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
     return result
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from equimd.errors import InputError
 from equimd.models.auxiliary import lacking
-from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, read_tensors
+from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, read_header
 from equimd.models.transformer import TransformerSettings
 from equimd.training.sections import (
     AugmentationSection,
@@ -150,8 +150,8 @@ class Recipe(Section):
         """Those of the checkpoint of ``init_from``, in eV by atomic number; none without one."""
         if self.init_from is None:
             return {}
-        header, _ = read_tensors(parent_file(self.init_from.checkpoint, self._folder))
-        return {int(z): float(energy) for z, energy in header.get("isolated_atom_energies", {}).items()}
+        header = read_header(parent_file(self.init_from.checkpoint, self._folder))
+        return {int(z): float(energy) for z, energy in header["isolated_atom_energies"].items()}
 
 
 def make_recipe(values: Mapping[str, Any], folder: str | Path = ".", source: str = "recipe") -> Recipe:
@@ -182,8 +182,8 @@ def _with_values_of_parent(values: dict[str, Any], folder: Path) -> dict[str, An
         parent = parent.get("checkpoint")
     if not isinstance(parent, str) or not parent or not isinstance(model, Mapping):
         return values
-    header, _ = read_tensors(parent_file(parent, folder))
-    settings = header.get("settings", {})
+    header = read_header(parent_file(parent, folder))
+    settings = header["settings"]
     if model.get("family", settings.get("family")) == settings.get("family"):
         model = {**settings, **model}
     return {**values, "model": dict(model)}

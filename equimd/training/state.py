@@ -1,17 +1,15 @@
 """The state of a training, for a resume that continues bit for bit: tensors in safetensors, counters in its header."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save as to_safetensors
 from torch import nn
 from torch.optim import Optimizer
 
 from equimd.errors import InputError
-from equimd.models.checkpoint import read_tensors, write_file
+from equimd.models.container import read_tensors, write_tensors
 from equimd.training.precision import PrecisionError
 
 STATE_FILE = "state.safetensors"
@@ -74,8 +72,7 @@ def write_state(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer{k}/{n}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
     header = {"progress": progress.model_dump(), "identity": identity}
-    metadata = {"format": FORMAT, "header": json.dumps(header)}
-    write_file(folder / STATE_FILE, to_safetensors(tensors, metadata))
+    write_tensors(folder / STATE_FILE, FORMAT, header, tensors, finite=False)  # a metric may be NaN
 
 
 def read_state(
@@ -89,8 +86,10 @@ def read_state(
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    header, tensors = read_tensors(path, FORMAT)
+    header, tensors = read_tensors(path, FORMAT, finite=False)
     before = header.get("identity", {})
+    if not isinstance(before, dict):
+        raise InputError(f"{path} has an identity that is a {type(before).__name__}; accepted is an object")
     changed = [key for key in identity if before.get(key) != identity[key]]
     if changed:
         key = changed[0]
@@ -106,6 +105,8 @@ def read_state(
         for n, parameter in enumerate(_parameters(optimizer)):
             prefix = f"optimizer{k}/{n}/"
             own = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+            if any(value.numel() != 1 and value.shape != parameter.shape for value in own.values()):
+                raise InputError(f"{path} does not fit this recipe: {prefix}* has not the shape of its parameter")
             if own:
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in own.items()}
     return progress

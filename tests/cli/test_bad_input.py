@@ -314,6 +314,20 @@ def test_output_of_md_and_train_exists(potentials, labelled, refused, unchanged)
     assert "exists" in refused("train", path, "-o", "run")
 
 
+def test_names_and_numbers_that_no_run_can_have(potentials, refused, unchanged):
+    potential = potentials["equivariant"]
+    start = Path(potential) / "start.xyz"
+    path = recipe()
+    unchanged()
+    assert "a folder" in refused("md", potential, start, "-o", "", "--steps", 1)
+    assert "longer than this system allows" in refused("md", potential, start, "-o", 300 * "a" + ".h5", "--steps", 1)
+    assert "longer than this system allows" in refused("evaluate", 300 * "a", start)
+    for option, value in (("temperature", "inf"), ("friction", "inf"), ("pressure", "nan"), ("timestep", "nan")):
+        assert f"{option}_" in refused("md", potential, start, "-o", "run.h5", f"--{option}", value)
+    says = refused("train", path, "-o", "run", "--set", "model.cutoff_power=1000000000")
+    assert "cutoff_power is 1000000000: Input should be less than or equal to 64" in says
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
 def test_full_disk(potentials, labelled, run):
     result = run("evaluate", potentials["equivariant"], labelled, "--json", "/dev/full")

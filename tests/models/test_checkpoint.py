@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import resource
 import subprocess
@@ -21,6 +22,7 @@ from equimd.models.checkpoint import (
     load_potential,
     save_checkpoint,
 )
+from equimd.models.container import read_tensors, write_tensors
 from equimd.models.equivariant import EquivariantSettings
 from equimd.models.transformer import TransformerSettings
 
@@ -124,8 +126,9 @@ def test_truncated_files_are_refused(tmp_path, potential):
 
 
 def rewrite(file, change=None, tensors=None):
-    """The file with a changed header or tensors."""
-    header, held = checkpoint.read_tensors(file)
+    """The file with a changed header or tensors, as version 1 wrote it: without a hash."""
+    header, held = read_tensors(file, "equimd")
+    header["format_version"] = 1
     (change or (lambda h: None))(header)
     save_file(held if tensors is None else tensors(held), file, {"format": "equimd", "header": json.dumps(header)})
 
@@ -133,9 +136,22 @@ def rewrite(file, change=None, tensors=None):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda h: h.update(format_version=2), "format_version 2; this equimd reads up to 1"),
+        (lambda h: h.update(format_version=3), "format_version 3; this equimd reads 1 to 2"),
+        (lambda h: h.update(format_version=2), "has no SHA-256, which every file of format_version 2 carries"),
+        (lambda h: h.update(format_version=True), "format_version True"),
+        (lambda h: h.update(recipe="none"), "recipe is 'none'"),
+        (lambda h: h.update(recipe={"data": {"charge": "1"}}), "recipe.data.charge is '1'"),
+        (lambda h: h.update(multiplicity=[1]), "multiplicity is"),
+        (lambda h: h.update(ledger={"device_hours": "x"}), "ledger.device_hours is 'x'"),
+        (lambda h: h.update(name=7), "name is 7"),
+        (lambda h: h.update(species=[1, 1, 6]), "one of them twice"),
+        (lambda h: h.update(species=[True, 6, 8]), "species.0 is True"),
+        (lambda h: h["isolated_atom_energies"].update({"1": "-10"}), "isolated_atom_energies.1 is '-10'"),
+        (lambda h: h.update(family="equivariant"), "family is 'equivariant', which settings.family is not"),
+        (lambda h: h.update(deep=json.loads("[" * 40 + "]" * 40)), "nested deeper than 32"),
+        (lambda h: h.update(odd=float("nan")), "nan is not finite"),
         (lambda h: h.pop("species"), "no 'species'"),
-        (lambda h: h["settings"].update(family="other"), "bad settings"),
+        (lambda h: h["settings"].update(family="other"), "which settings.family is not"),
         (lambda h: h["settings"].update(surprise=1), "bad settings: .*surprise"),
         (lambda h: h.update(species=[1, 6, 999]), "bad header"),
         (lambda h: h.update(species="x"), "bad header"),
@@ -165,6 +181,98 @@ def test_inconsistent_tensors_are_refused(tmp_path, potential):
             load_checkpoint(file)
 
 
+def test_a_file_of_version_1_loads_and_a_new_one_says_when_it_changed(tmp_path, potential):
+    file = tmp_path / "m.safetensors"
+    save_checkpoint(file, potential)
+    rewrite(file)
+    assert load_checkpoint(file)[1]["format_version"] == 1
+    save_checkpoint(file, potential)
+    content = file.read_bytes()
+    for at, bit in ((len(content) - 3, 1), (content.index(b"cutoff") + 9, 1), (content.index(b"sha256") + 5, 2)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+        with pytest.raises(InputError, match="damaged|does not write"):
+            load_checkpoint(file)
+
+
+def test_nothing_is_allocated_for_settings_that_the_tensors_do_not_have(tmp_path, potential):
+    file = tmp_path / "m.safetensors"
+    save_checkpoint(file, potential)
+    # 69 billion numbers, of which no machine that runs this holds as many.
+    largest = {"d_model": 4096, "n_heads": 64, "n_gnn_layers": 16, "n_attention_layers": 16, "d_feedforward": 16384}
+    rewrite(file, lambda h: h["settings"].update(largest))
+    with pytest.raises(InputError, match="its settings ask for"):
+        load_checkpoint(file)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64, torch.int32, torch.bool, torch.float16])
+def test_weights_are_float32_or_float64(tmp_path, potential, kind):
+    file = tmp_path / "m.safetensors"
+    save_checkpoint(file, potential)
+    rewrite(file, tensors=lambda held: held | {"scale": held["scale"].to(kind)})
+    with pytest.raises(InputError, match="'scale' of type") as caught:
+        load_checkpoint(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("equivariant", "cutoff_power", 10**9),
+        ("equivariant", "radial_width", 10**9),
+        ("equivariant", "avg_num_neighbors", 1e-300),
+        ("transformer", "cutoff_width", 1e-300),
+        ("transformer", "d_model", 10**9),
+    ],
+)
+def test_settings_that_allocate_or_loop_are_bounded(family, key, value):
+    with pytest.raises(InputError, match=f"^{key} is {value!r}: Input should be") as caught:
+        type(SETTINGS[family])(**{key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_no_integer_setting_is_without_a_bound():
+    for settings in SETTINGS.values():
+        for name, field in type(settings).model_fields.items():
+            if field.annotation is int:
+                assert any(hasattr(limit, "le") for limit in field.metadata), name
+
+
+def test_a_card_of_other_weights_is_refused(tmp_path, potential):
+    save_checkpoint(tmp_path / "model.safetensors", potential)
+    (tmp_path / "card.yaml").write_text(f"name: other\nsha256: {'a' * 64}\n")
+    with pytest.raises(InputError, match="not the file that the card beside it describes"):
+        load_potential(tmp_path)
+    for text, said in (
+        ("a: [", "is no YAML of a card"),
+        ("a: &x [1]\nb: *x\n", "references"),
+        ("- 1", "holds a list"),
+        ("test: 5", "test is 5"),
+        ("a: 2026-13-45", "is no YAML of a card"),
+        ("x" * 70_000, "longer than"),
+        ("card_sha256: a\nname: a", "was changed or damaged"),
+    ):
+        (tmp_path / "card.yaml").write_text(text)
+        with pytest.raises(InputError, match=said) as caught:
+            load_potential(tmp_path)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "card.yaml").write_text("name: mine\ndate: 2026-12-01\n")
+    assert load_potential(tmp_path).card == {"name": "mine", "date": "2026-12-01"}
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")  # opening it would wait for ever
+    for path in (tmp_path / "pipe.safetensors", tmp_path):
+        with pytest.raises(InputError, match="it is no regular file"):
+            load_checkpoint(path)
+
+
+def test_a_header_with_numbers_that_json_has_not_is_refused(tmp_path, potential):
+    with pytest.raises(InputError, match="its header is not JSON"):
+        save_checkpoint(tmp_path / "m.safetensors", potential, {"errors": float("nan")})
+    write_tensors(tmp_path / "state", "state", {"best": float("nan")}, {"x": torch.ones(2)}, finite=False)
+    assert np.isnan(read_tensors(tmp_path / "state", "state", finite=False)[0]["best"])
+
+
 def limited(code: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run code where no file may grow beyond 4 kB, as on a disk that is full."""
 
@@ -186,7 +294,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, potential):
     assert len(before) > 4096
     code = (
         "import sys; from pathlib import Path\n"
-        "from equimd.models.checkpoint import write_bytes_atomically\n"
+        "from equimd.results import write_bytes_atomically\n"
         "try: write_bytes_atomically(Path(sys.argv[1]), bytes(100_000))\n"
         "except OSError as error: print(error); sys.exit(7)"
     )

@@ -8,7 +8,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.graph import batch_graphs, graph_from_arrays
-from equimd.models.checkpoint import read_tensors
+from equimd.models.container import read_tensors
 from equimd.training.state import FORMAT
 
 E0 = {"H": -10.0, "C": -48.0, "O": -102.0}
