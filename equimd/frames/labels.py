@@ -21,6 +21,12 @@ LAST_RESORT_ENERGY_NAMES = ("free_energy", "ref_free_energy")
 FORCES_NAMES = ("forces", "force", "ref_forces", "ref_force", "dft_forces", "dft_force", "qm_forces", "f")
 STRESS_NAMES = ("stress", "ref_stress", "dft_stress", "qm_stress")
 VIRIAL_NAMES = ("virial", "virials", "ref_virial", "ref_virials", "dft_virial")
+KNOWN_NAMES = {
+    "energy": ENERGY_NAMES + LAST_RESORT_ENERGY_NAMES,
+    "forces": FORCES_NAMES,
+    "stress": STRESS_NAMES,
+    "virial": VIRIAL_NAMES,
+}
 _INFO_NAMES = ENERGY_NAMES + LAST_RESORT_ENERGY_NAMES + STRESS_NAMES + VIRIAL_NAMES
 _KEPT_PROPERTIES = ("dipole", "charges", "magmom", "magmoms")
 
