@@ -136,9 +136,9 @@ class EquimdForce:
 
     def prepare(self, self_check: bool = False, electrons: dict[str, float] | None = None) -> "Evaluator":
         """Load the potential, check it and the atoms it is meant for."""
-        from equimd.calculators.electrons import check_electrons
         from equimd.calculators.evaluator import Evaluator
         from equimd.calculators.loading import resolve, symmetrized
+        from equimd.frames.electrons import check_electrons
 
         base, _, header = resolve(self.model, self.device, self.dtype)
         if self_check:

@@ -17,12 +17,14 @@ from ase import Atoms
 
 from equimd.errors import FailedError, InputError
 from equimd.frames.checks import N_CHECKED, check_plausible, check_species
+from equimd.frames.electrons import Tally, is_isolated_atom
 from equimd.frames.fingerprints import WIDTH, fingerprints
-from equimd.frames.labels import labels_of, not_finite
+from equimd.frames.labels import DEFAULT_KEYS, LabelKeys, labels_of, not_finite
+from equimd.frames.unclaimed import unclaimed_labels
 from equimd.neighbors import neighbor_list
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
@@ -115,11 +117,18 @@ class Packer:
     forces, stress); isolated_atoms (energies in eV by atomic number, of single atoms with ``config_type=IsolatedAtom``,
     which are set aside); contradictions (messages, where two of these of one element differ); implausible ([file,
     message] about its first frames, see ``check_plausible``); not_finite ([index, what]; only of frames that were read
-    with ``finite=False``).
+    with ``finite=False``); unclaimed ([file, message] about what looks like a label and is not read as one, see
+    ``unclaimed_labels``); electrons (charges and spins that frames state, see ``Tally``).
     """
 
-    def __init__(self, cutoff: float, folder: Callable[[], Path], in_memory: int | None = None) -> None:
-        self.cutoff, self._make_folder = cutoff, folder
+    def __init__(
+        self,
+        cutoff: float,
+        folder: Callable[[], Path],
+        in_memory: int | None = None,
+        keys: LabelKeys | None = None,
+    ) -> None:
+        self.cutoff, self._make_folder, self._keys = cutoff, folder, keys or DEFAULT_KEYS
         self._in_memory = IN_MEMORY if in_memory is None else in_memory
         self._writer: _Writer | None = None
         self._held: list[dict[str, np.ndarray]] = []
@@ -131,6 +140,8 @@ class Packer:
         self._contradictions: dict[int, str] = {}
         self._not_finite: list[tuple[int, str]] = []
         self._implausible: list[tuple[int, str]] = []
+        self._unclaimed: list[tuple[int, str]] = []
+        self._electrons = Tally()
 
     def __enter__(self) -> "Packer":
         return self
@@ -146,6 +157,12 @@ class Packer:
             InputError: for positions, a cell or labels that make no sense, with the frame.
             OSError: where the folder cannot be written.
         """
+        packed = self._pack_each(frames, name, n_frames)
+        file = len(self._files)
+        self._unclaimed += [(file, message) for message in unclaimed_labels(packed, self._keys)]
+
+    def _pack_each(self, frames: Iterable[tuple[int, Atoms]], name: str, n_frames: int | None) -> Iterator[Atoms]:
+        """Pack the frames and hand each on, but for isolated atoms."""
         first, index, is_first = sum(self._files), -1, True
         held: list[tuple[int, Atoms]] = []
         n_atoms = 0
@@ -153,11 +170,13 @@ class Packer:
             if is_isolated_atom(atoms):
                 self._add_isolated(atoms, f"{name}: frame {index}")
                 continue
+            self._electrons.add(first + index, atoms, f"{name}, frame {index}")
             held.append((index, atoms))
             n_atoms += len(atoms)
             if len(held) == FRAMES_PER_CHUNK or n_atoms >= ATOMS_PER_CHUNK:
                 self._append(held, first, name, is_first)
                 held, n_atoms, is_first = [], 0, False
+            yield atoms
         if held:
             self._append(held, first, name, is_first)
         self._files.append(index + 1 if n_frames is None else n_frames)
@@ -184,6 +203,8 @@ class Packer:
             "contradictions": list(self._contradictions.values()),
             "implausible": self._implausible,
             "not_finite": self._not_finite,
+            "unclaimed": self._unclaimed,
+            "electrons": self._electrons.entries,
             **extra,
         }
         if self._writer is not None:
@@ -222,12 +243,6 @@ class Packer:
             for one in self._held:
                 self._writer.append(one)
             self._held = []
-
-
-def is_isolated_atom(atoms: Atoms) -> bool:
-    """Whether a frame is one atom that says so: ``config_type=IsolatedAtom``, in any spelling."""
-    kind = str(atoms.info.get("config_type", "")).lower().replace("_", "").replace("-", "")
-    return len(atoms) == 1 and kind == "isolatedatom"
 
 
 def pack(

@@ -11,10 +11,12 @@ from ase.data import chemical_symbols
 from equimd.errors import InputError
 from equimd.frames import LabelKeys, UnitSpec
 from equimd.frames.arrays import FrameArrays
+from equimd.frames.electrons import check_set
 from equimd.frames.fingerprints import duplicates_between
 from equimd.results import Block
 from equimd.training.cache import Request, file_sha256, frame_arrays, remembered
 from equimd.training.data import FrameSet, check_frame_set, first_with
+from equimd.training.levels import check_level
 from equimd.training.recipe import Recipe
 from equimd.training.statistics import IsolatedAtomEnergies, Statistics, isolated_atom_energies, statistics
 
@@ -55,7 +57,8 @@ class Dataset:
         )
         numbers = self.statistics
         lines = [
-            f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom"
+            f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom",
+            f"labels of training frames: {_labels(self.train)}; of validation frames: {_labels(self.valid)}",
         ]
         for origin, how in (
             ("least squares", "fitted by least squares"),
@@ -71,6 +74,11 @@ class Dataset:
                 "the compositions do not tell the elements apart: of the fitted energies only sums mean something"
             )
         return lines
+
+
+def _labels(frames: FrameSet) -> str:
+    counts = frames.arrays.meta["n_labelled"].items()
+    return ", ".join(f"{label} in {'all' if n == len(frames) else f'{n:,}' if n else 'none'}" for label, n in counts)
 
 
 def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
@@ -98,6 +106,10 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         names[split] = request.name
         arrays = frame_arrays(request, progress)
         _check_plausible(recipe, arrays, paths)
+        _check_electrons(recipe, split, arrays)
+        _check_keys(recipe, split, arrays)
+        for file, message in arrays.meta["unclaimed"]:
+            warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
         sets[split] = FrameSet.from_arrays(arrays)
     for split, frames in sets.items():
         check_frame_set(frames, table, names[split])
@@ -105,12 +117,15 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
     atoms = isolated_atom_energies(sets["train"].arrays, table, recipe.isolated_atom_energies_of_parent())
     _check_labels(recipe, sets["train"], sets["valid"])
     _check_duplicates(recipe, sets)
+    numbers = statistics(sets["train"].arrays, atoms.energies)
+    if recipe.loss.largest("energy") > 0:
+        check_level(atoms, numbers)
     return Dataset(
         train=sets["train"],
         valid=sets["valid"],
         test=sets.get("test"),
         atoms=atoms,
-        statistics=statistics(sets["train"].arrays, atoms.energies),
+        statistics=numbers,
         sha256=sha256,
     )
 
@@ -128,6 +143,39 @@ def _check_plausible(recipe: Recipe, arrays: FrameArrays, paths: tuple[Path, ...
         if recipe.data.units is None:
             raise InputError(f"{paths[file]}: {message}; state data.units in the recipe, also where they are eV and Å")
         warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
+
+
+def _check_electrons(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    section = recipe.data
+    check_set(
+        arrays.meta["electrons"],
+        section.charge,
+        section.multiplicity,
+        lambda index: "{}, frame {}".format(*_place(recipe, split, arrays, index)),
+    )
+
+
+def _check_keys(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    """Refuse the name of a label that no training frame has; warn if another split lacks it."""
+    keys = recipe.data.keys
+    for label in ("energy", "forces", "stress", "virial"):
+        name = getattr(keys, label, None)
+        if name is None or arrays.meta["n_labelled"]["stress" if label == "virial" else label]:
+            continue
+        message = f"data.keys.{label} is {name!r}, which no frame of {', '.join(recipe.data.files(split))} has"
+        if split == "train":
+            held = [said for _, said in arrays.meta["unclaimed"]] or ["accepted is a name that frames have"]
+            raise InputError(f"{message}; {held[0]}")
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _place(recipe: Recipe, split: str, arrays: FrameArrays, index: int) -> tuple[str, int]:
+    """The file of a split, as the recipe names it, and the place in it of the frame with this index."""
+    for file, count in zip(recipe.data.files(split), arrays.meta["files"], strict=True):
+        if index < count:
+            return file, index
+        index -= count
+    raise AssertionError("an index lies within the files")
 
 
 def _check_species(split: str, frames: FrameSet, train: FrameSet) -> None:
@@ -191,12 +239,8 @@ def describe_duplicates(
     """One line: how many, and the first of them."""
 
     def name(arrays: FrameArrays, which: str, place: int) -> str:
-        files, index = recipe.data.files(which), int(arrays["index"][place])
-        for file, count in zip(files, arrays.meta["files"], strict=True):
-            if index < count:
-                return str(index) if len(files) == 1 else f"{index} of {file}"
-            index -= count
-        raise AssertionError("an index lies within the files")
+        file, index = _place(recipe, which, arrays, int(arrays["index"][place]))
+        return str(index) if len(recipe.data.files(which)) == 1 else f"{index} of {file}"
 
     kind = {"train": "training", "valid": "validation"}[known]
     shown = ", ".join(f"{name(other, split, k)} ({kind} frame {name(arrays, known, p)})" for k, p in pairs[:_N_SHOWN])
