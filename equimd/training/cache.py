@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -100,6 +101,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.sha256("".join(shards).encode()).hexdigest()
     try:
         before = os.stat(path)
+        if not stat.S_ISREG(before.st_mode):
+            raise InputError(f"{path} is no regular file; accepted: a file of labelled frames, which is read twice")
         stamp = {"size": before.st_size, "mtime_ns": before.st_mtime_ns, "inode": before.st_ino}
         note = graphs_folder() / "files" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
         if before.st_size >= _REMEMBERED:

@@ -26,6 +26,7 @@ from equimd.training.result import SymmetrySummary, TrainingResult
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
 from equimd.training.sharding import passes
+from equimd.training.state import keep_former_defaults
 from equimd.training.validation import evaluate, validate_symmetry
 
 _PRECISION_FRAMES = 16
@@ -47,7 +48,9 @@ def train(
     model.safetensors (the best average of the weights), last.safetensors, metrics.csv (a row per validation),
     state.safetensors (for a resume), result.json. With ``resume`` a training that was stopped at any moment continues
     from its last state; on the CPU, without max_minutes and with the same n_threads, every tensor is then equal bit
-    for bit to that of a training that was never stopped. The ledger of device-hours counts what led to the state.
+    for bit to that of a training that was never stopped. With max_minutes the clock of all sessions counts on, so that
+    the schedule goes on where it was, but how many steps fit into the rest depends on the machine. The ledger of
+    device-hours counts what led to the state.
     Processes that torchrun or srun started train together (``world``: they are joined already), on the batches that
     one process would take; a resume may have another number of them.
 
@@ -62,6 +65,7 @@ def train(
         with world.together():
             recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
             folder = Path("runs") / recipe.name if run_dir is None else Path(run_dir)
+            recipe = keep_former_defaults(recipe, folder) if resume else recipe
             device = world.use_device(recipe.device)
             if world.is_first:
                 check_folder(folder, resume)

@@ -18,6 +18,8 @@ from equimd.training.result import TrainingResult
 from equimd.training.setup import prepare
 from equimd.training.validation import Errors, evaluate, graph_batches
 
+MOST_MEMBERS = 100
+
 
 class EnsembleResult(Result):
     """A trained ensemble; ``members`` are folders beside this file, which make it a potential.
@@ -61,8 +63,8 @@ def train_members(
     world = world or World()
     folder = Path(folder)
     with world.together():
-        if n_members < 2:
-            raise InputError(f"--members is {n_members}; accepted is 2 or more, which have a spread")
+        if not 2 <= n_members <= MOST_MEMBERS:
+            raise InputError(f"--members is {n_members}; accepted are 2 to {MOST_MEMBERS}, which have a spread")
         if bagging and recipe.data.n_train is None:
             raise InputError("--bagging needs data.n_train, the number of frames that each member draws; it is not set")
         if world.is_first:

@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 from equimd.errors import InputError
 from equimd.models.checkpoint import read_tensors, write_file
 from equimd.training.precision import PrecisionError
+from equimd.training.recipe import Recipe
 
 STATE_FILE = "state.safetensors"
+FORMER_DEFAULTS: dict[str, dict[str, Any]] = {"loss": {"kind": "mse"}, "optimizer": {"name": "adamw", "lr": 2e-3}}
+"""What recipes of version 0.1.0 and before meant by saying nothing, where it is something else now."""
 FORMAT = "equimd-training-state"
 
 
@@ -54,6 +57,21 @@ class Progress(BaseModel):
         """Take the values of another."""
         for name in type(self).model_fields:
             setattr(self, name, getattr(other, name))
+
+
+def keep_former_defaults(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe for a resume: where it is silent, the former default that the run in ``folder`` began with, if any."""
+    path = folder / STATE_FILE
+    if not path.exists():
+        return recipe
+    before = read_tensors(path, FORMAT)[0].get("identity", {}).get("recipe", {})
+    changes = {}
+    for name, former in FORMER_DEFAULTS.items():
+        section, stored = getattr(recipe, name), before.get(name, {})
+        silent = former.keys() - section.model_fields_set
+        kept = {key: former[key] for key in silent if stored.get(key) == former[key]}
+        changes[name] = section.model_copy(update=kept)
+    return recipe.model_copy(update=changes)
 
 
 def write_state(

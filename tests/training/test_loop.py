@@ -46,6 +46,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("family", ["transformer", "equivariant"])
 def test_training_learns_and_writes_everything(folder, values, family):
     values |= {"model": TINY[family], "steps": 60, "optimizer": {"lr": 2e-2}, "batch": {"n_frames": 8}}
+    values["loss"] = {"kind": "mse"}
+    values["optimizer"]["name"] = "adamw"
     values["data"]["test"] = "test.xyz"
     values["ema"] = {"decay": 0.8}
     result = train(make_recipe(values, folder), folder / "run", progress=False)
@@ -209,12 +211,74 @@ def test_refusals(folder, values):
 def test_resume_refuses_another_recipe_and_other_data(folder, values):
     train(make_recipe(values, folder), folder / "run", progress=False)
     changed = make_recipe({**values, "optimizer": {"lr": 1e-3}}, folder)
-    with pytest.raises(InputError, match=r"recipe.optimizer.lr was 0.002 and is now 0.001"):
+    with pytest.raises(InputError, match=r"recipe.optimizer.lr was 0.008 and is now 0.001"):
         train(changed, folder / "run", resume=True, progress=False)
     frames = read(folder / "train.xyz", ":")
     write(folder / "train.xyz", frames[1:], format="extxyz")
     with pytest.raises(InputError, match=r"data_sha256.train.xyz was"):
         train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+
+
+def test_a_resume_keeps_the_defaults_that_the_run_began_with(folder, values, monkeypatch):
+    from equimd.training import loop
+
+    values["checkpoint"] = {"steps": 2, "minutes": None}
+    spelt = {**values, "optimizer": {"name": "adamw", "lr": 2e-3}, "loss": {"kind": "mse"}}
+    train(make_recipe(spelt, folder), folder / "whole", progress=False)
+    original, count = loop._Training.step, 0
+
+    def dies(self, epoch):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise Killed
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe(spelt, folder), folder / "killed", progress=False)
+    train(make_recipe(values, folder), folder / "killed", resume=True, progress=False)  # as of 0.1.0: it said nothing
+    assert_same_run(folder / "killed", folder / "whole")
+    muon = make_recipe({**values, "optimizer": {"name": "muon"}}, folder)
+    with pytest.raises(InputError, match=r"recipe.optimizer.name was 'adamw' and is now 'muon'"):
+        train(muon, folder / "killed", resume=True, progress=False)
+
+
+def test_a_budget_of_time_is_a_length_of_its_own(folder, values, monkeypatch):
+    from equimd.training import ledger, loop
+
+    clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(ledger, "time", Time)
+    del values["steps"]
+    values |= {"max_minutes": 60.0, "schedule": {"kind": "linear", "warmup_steps": 0, "final": 0.0}}
+    values["checkpoint"] = {"steps": 1, "minutes": None}
+    original, count = loop._Training.step, 0
+
+    def dies(self, epoch):
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise Killed
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe(values, folder), folder / "run", progress=False)
+    result = train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+    assert (result.stopped, result.sessions) == ("budget", 2)
+    assert result.steps > 10
+    rates = [float(row["lr"]) for row in rows(folder / "run")]
+    assert rates == sorted(rates, reverse=True)  # the schedule goes on where it was
+    assert rates[-1] < 0.1 * rates[0]
+    with pytest.raises(InputError, match="cannot resume .*max_minutes"):
+        train(make_recipe({**values, "max_minutes": 90.0}, folder), folder / "run", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("last", ["open", "write_row"])
