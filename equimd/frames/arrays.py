@@ -24,7 +24,7 @@ from equimd.frames.unclaimed import unclaimed_labels
 from equimd.neighbors import neighbor_list
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 META_FILE = "meta.json"
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
@@ -77,6 +77,19 @@ class FrameArrays:
 
     def __len__(self) -> int:
         return len(self.arrays["n_atoms"])
+
+    def unmet_key(self, keys: Any) -> str | None:
+        """The label (energy, forces, stress, virial) that ``keys`` gives a name of and no frame has; None without."""
+        counts = self.meta["n_labelled"]
+        for label in ("energy", "forces", "stress", "virial"):
+            if getattr(keys, label, None) is not None and not counts["stress" if label == "virial" else label]:
+                return label
+        return None
+
+    def lone_atoms(self) -> np.ndarray:
+        """Indices of frames of a single atom without neighbours that does not say that it is an isolated one."""
+        alone = (np.asarray(self["n_atoms"]) == 1) & (np.asarray(self["n_edges"]) == 0)
+        return np.asarray(self["index"])[alone & np.isfinite(self["energy"])]
 
     def frame(self, k: int) -> dict[str, np.ndarray]:
         """The arrays of one frame."""

@@ -69,6 +69,11 @@ class Dataset:
             if chosen:
                 values = ", ".join(f"{chemical_symbols[z]} {self.atoms.energies[z]:.4f}" for z in chosen)
                 lines.append(f"isolated-atom energies {how}: {values} eV")
+        if len(alone := self.train.arrays.lone_atoms()):
+            lines.append(
+                f"{len(alone)} training frames are single atoms (first: frame {alone[0]}), learned like any other; with"
+                " config_type=IsolatedAtom their energies become the isolated-atom energies"
+            )
         if not self.atoms.determined:
             lines.append(
                 "the compositions do not tell the elements apart: of the fitted energies only sums mean something"
@@ -157,16 +162,15 @@ def _check_electrons(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
 
 def _check_keys(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
     """Refuse the name of a label that no training frame has; warn if another split lacks it."""
-    keys = recipe.data.keys
-    for label in ("energy", "forces", "stress", "virial"):
-        name = getattr(keys, label, None)
-        if name is None or arrays.meta["n_labelled"]["stress" if label == "virial" else label]:
-            continue
-        message = f"data.keys.{label} is {name!r}, which no frame of {', '.join(recipe.data.files(split))} has"
-        if split == "train":
-            held = [said for _, said in arrays.meta["unclaimed"]] or ["accepted is a name that frames have"]
-            raise InputError(f"{message}; {held[0]}")
-        warnings.warn(message, UserWarning, stacklevel=2)
+    label = arrays.unmet_key(recipe.data.keys)
+    if label is None:
+        return
+    name, files = getattr(recipe.data.keys, label), ", ".join(recipe.data.files(split))
+    message = f"data.keys.{label} is {name!r}, which no frame of {files} has"
+    if split == "train":
+        held = [said for _, said in arrays.meta["unclaimed"]] or ["accepted is a name that frames have"]
+        raise InputError(f"{message}; {held[0]}")
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _place(recipe: Recipe, split: str, arrays: FrameArrays, index: int) -> tuple[str, int]:
