@@ -65,7 +65,8 @@ def _names(pairs: list[str] | None) -> Any:
     from equimd.frames import LabelKeys
 
     given = dict(pair.split("=", 1) for pair in pairs or ())
-    return LabelKeys(**{label: given.get(label) for label in ("energy", "forces", "stress", "virial")})
+    energy, forces, stress, virial = (given.get(label) for label in ("energy", "forces", "stress", "virial"))
+    return LabelKeys(energy, forces, stress, virial)
 
 
 def _show(looked: "list[Inspection]", result: "Inspection | Comparison", recipe: str, figure: Path | None) -> Any:

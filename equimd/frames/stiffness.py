@@ -58,7 +58,7 @@ def _bond_lengths(group: Sequence[Atoms]) -> np.ndarray:
     def distances(positions: np.ndarray, places: np.ndarray | slice) -> np.ndarray:
         vectors = positions[j[places]] - positions[i[places]]
         if periodic and len(vectors):
-            vectors = find_mic(vectors, first.cell, first.pbc)[0]
+            vectors = find_mic(vectors, first.cell, first.pbc)[0]  # pyright: ignore[reportArgumentType]
         return np.linalg.norm(vectors, axis=1)
 
     near = distances(frames[0], slice(None)) < _BONDED * (

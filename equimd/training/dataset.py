@@ -6,11 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 
 from equimd.errors import InputError
 from equimd.frames import LabelKeys, UnitSpec
 from equimd.frames.arrays import FrameArrays
+from equimd.frames.compositions import composition_counts
 from equimd.frames.electrons import check_set
 from equimd.frames.fingerprints import duplicates_between
 from equimd.results import Block
@@ -47,6 +50,21 @@ class Dataset:
             "n_train": len(self.train),
             "isolated_atom_energies_from": {chemical_symbols[z]: origin for z, origin in self.atoms.origin.items()},
         }
+
+    def start(self) -> Atoms:
+        """The training frame of the lowest energy beyond the fit, per atom; the first one if there are no energies."""
+        arrays = self.train.arrays
+        energies = np.array([self.atoms.energies[z] + self.statistics.shift[z] for z in self.train.species])
+        beyond = np.concatenate(
+            [
+                (arrays["energy"][frames] - composition_counts(arrays, frames, atoms) @ energies)
+                / arrays["n_atoms"][frames]
+                for frames, atoms, _ in arrays.chunks()
+            ]
+        )
+        beyond[np.asarray(arrays["n_atoms"]) == 1] += 1e9  # only if there is nothing else
+        frame = arrays.frame(int(np.nanargmin(beyond)) if np.isfinite(beyond).any() else 0)
+        return Atoms(frame["numbers"], frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
 
     def summary(self) -> list[str]:
         """Lines for whoever starts the training."""

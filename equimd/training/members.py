@@ -1,6 +1,7 @@
 """Ensembles: members that differ in the seed of their weights, of the order of their data and of its rotations."""
 
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from equimd.models.checkpoint import ENSEMBLE_FILE, load_potential
 from equimd.models.ensemble import EnsemblePotential
 from equimd.results import Number, Result, provenance
 from equimd.training.distributed import World
-from equimd.training.files import MEMBER, check_folder, explaining_a_full_disk
+from equimd.training.files import MEMBER, START_FILE, check_folder, explaining_a_full_disk
 from equimd.training.loop import train
 from equimd.training.recipe import Recipe
 from equimd.training.result import TrainingResult
@@ -39,6 +40,8 @@ class EnsembleResult(Result):
     spread_rms: float
     correlation: Number
     device_hours: float
+    cpu_hours: float | None = None
+    shared: bool | None = None
     versions: dict[str, str]
 
 
@@ -76,6 +79,7 @@ def train_members(
     result = _evaluate(recipe, folder, results, bagging, world)
     with world.together(), explaining_a_full_disk():
         if world.is_first:
+            shutil.copyfile(folder / MEMBER.format(1) / START_FILE, folder / START_FILE)
             result.write(folder / ENSEMBLE_FILE)
     return result
 
@@ -105,6 +109,7 @@ def _evaluate(
             error = ensemble(graph).forces.to(torch.float64) - graph.forces
             sums += _moments(ensemble.spread(graph).forces.to(torch.float64), error)
     *moments, squares, n_components = world.sum(sums).tolist()
+    cpu = [result.cpu_hours for result in results]
     return EnsembleResult(
         name=recipe.name,
         members=names,
@@ -116,6 +121,8 @@ def _evaluate(
         spread_rms=math.sqrt(squares / n_components),
         correlation=_correlation(*moments),
         device_hours=sum(result.device_hours for result in results),
+        cpu_hours=None if None in cpu else sum(map(float, filter(None, cpu))),
+        shared=any(result.shared for result in results),
         versions=provenance().versions,
     )
 

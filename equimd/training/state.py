@@ -27,8 +27,9 @@ class Progress(BaseModel):
     step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
     since the last validation, each over ``n_sums`` steps that had labels for it. best is the metric of the best
     validation, ``stale`` the validations since, ``waited`` those since the learning rate was ``reduced``; rows are
-    those of metrics.csv. hours are of the clock, device_hours those times the number of processes; train_seconds are
-    spent in steps, on frames_seen.
+    those of metrics.csv. hours are of the clock, device_hours those times the number of processes, cpu_hours the time
+    of CPUs, None if it was not counted; shared says that the machine did other work; train_seconds are spent in steps,
+    on frames_seen.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,6 +48,8 @@ class Progress(BaseModel):
     waited: int = 0
     hours: float = 0.0
     device_hours: float = 0.0
+    cpu_hours: float | None = None
+    shared: bool = False
     train_seconds: float = 0.0
     sessions: int = 0
     rows: int = 0

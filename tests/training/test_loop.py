@@ -13,7 +13,7 @@ import torch
 import yaml
 from ase.io import read, write
 from safetensors.torch import load_file
-from training_samples import TINY, steps_of
+from training_samples import E0, TINY, spring_frames, steps_of
 
 from equimd.errors import InputError
 from equimd.models.checkpoint import load_checkpoint
@@ -317,6 +317,47 @@ def test_divergence_is_said(folder, values, monkeypatch):
     monkeypatch.setattr(loop, "gradient_norm", lambda parameters, limit: torch.tensor(float("inf")))
     with pytest.raises(TrainingDivergedError, match=r"gradient is inf at step 0; lower optimizer.lr"):
         train(make_recipe(values, folder), folder / "run", progress=False)
+
+
+def test_a_run_is_a_whole_folder_of_a_potential(folder, values):
+    frames = read(folder / "train.xyz", ":")
+    energies = [atoms.get_potential_energy() - sum(E0[s] for s in atoms.get_chemical_symbols()) for atoms in frames]
+    methane = [k for k, atoms in enumerate(frames) if len(atoms) == 5]
+    write(folder / "train.xyz", [frames[k] for k in methane], format="extxyz")
+    write(folder / "valid.xyz", spring_frames(3, 2, names=("CH4",)), format="extxyz")
+    values["data"]["isolated_atom_energies"] = {"H": E0["H"], "C": E0["C"]}
+    train(make_recipe({**values, "steps": 2}, folder), folder / "run", progress=False)
+    (start,) = read(folder / "run" / "start.xyz", ":")
+    lowest = frames[min(methane, key=lambda k: energies[k])]
+    assert start.positions == pytest.approx(lowest.positions, abs=1e-7)
+    assert start.calc is None
+    assert set(start.arrays) == {"numbers", "positions"}
+
+
+def test_cpu_time_and_other_work_are_in_the_result(folder, values, monkeypatch, capsys):
+    from equimd.training import ledger, loop, sharing
+
+    clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(ledger, "time", Time)
+    seconds = iter(range(0, 10**9, 18))  # the time of the CPU is half of that
+    monkeypatch.setattr(sharing.os, "times", lambda: (next(seconds), 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(sharing.os, "getloadavg", lambda: (0.5, 0.5, 0.5))
+    result = train(make_recipe(values, folder), folder / "run", progress=True)
+    assert result.cpu_hours is not None
+    assert result.shared
+    assert result.cpu_hours == pytest.approx(0.05)  # a look for each of ten steps
+    assert result.cpu_hours < 0.8 * result.device_hours
+    said = [line for line in capsys.readouterr().err.splitlines() if "does other work" in line]
+    assert len(said) == 1
+    assert "the CPU time is" in said[0]
+    _, header = load_checkpoint(folder / "run" / "model.safetensors")
+    assert header["ledger"]["cpu_hours"] == result.cpu_hours
+    assert header["ledger"]["shared"]
 
 
 def test_metrics_are_cut_back_to_the_state(tmp_path):
