@@ -29,6 +29,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from equimd.errors import InputError
+from equimd.frames.electrons import electron_kind
 from equimd.frames.h5md_reader import unit_factor
 from equimd.frames.labels import ENERGY_NAMES, FORCES_NAMES, STRESS_NAMES, LabelKeys, UnitSpec, attach_labels
 
@@ -98,6 +99,7 @@ class LabelledH5:
         n_frames = _n_frames(columns["positions"].values)
         n_atoms = columns["positions"].values.shape[-2]
         numbers = self._elements(group, n_frames, n_atoms)
+        electrons = _electrons(group, n_frames)
         for start in range(0, n_frames, FRAMES_PER_CHUNK):
             stop = min(start + FRAMES_PER_CHUNK, n_frames)
             wanted = [keep is None or keep(first + k, n_atoms) for k in range(start, stop)]
@@ -111,7 +113,9 @@ class LabelledH5:
                     continue
                 frame = {name: rows[k] for name, rows in chunk.items()}
                 elements = numbers if numbers.ndim == 1 else numbers[start + k]
-                yield self._frame(elements, frame, f"{self.path}, frame {first + start + k} ({group.name})")
+                atoms = self._frame(elements, frame, f"{self.path}, frame {first + start + k} ({group.name})")
+                atoms.info.update({name: values[start + k] for name, values in electrons.items()})
+                yield atoms
 
     def _frame(self, numbers: np.ndarray, frame: dict[str, np.ndarray], where: str) -> Atoms:
         cell = frame.get("cell")
@@ -250,6 +254,19 @@ def _keyed(group: Any, key: str) -> Any:
 def _places(group: Any) -> list[Any]:
     inner = group.get("properties")
     return [group, inner] if isinstance(inner, h5py.Group) else [group]
+
+
+def _electrons(group: Any, n_frames: int) -> dict[str, np.ndarray]:
+    """Charges and spins (frames,) that a group states in datasets or attributes, one for each frame or for all."""
+    stored = [(name, place[name]) for place in _places(group) for name in place if electron_kind(name) is not None]
+    stored = [(name, values[()]) for name, values in stored if _is_label(values)]
+    stored += [(name, value) for name, value in group.attrs.items() if electron_kind(name) is not None]
+    plain = [(name, np.ravel(values)) for name, values in stored]
+    return {
+        name: np.broadcast_to(values, n_frames)
+        for name, values in plain
+        if values.dtype.kind in "fiub" and values.size in (1, n_frames)
+    }
 
 
 def _is_label(values: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
+from equimd.frames.electrons import electron_kind
 from equimd.frames.labels import LabelKeys, UnitSpec, attach_labels
 
 # rMD17 (Christensen, von Lilienfeld, 2020) and sGDML (https://docs.sgdml.org): numbers, positions, energies, forces.
@@ -59,6 +60,7 @@ class NpzSet:
                     if columns[label].shape[:1] != (n_frames,):
                         found = columns[label].shape[0] if columns[label].shape else 1
                         raise InputError(f"{self.path}: {name} has {found} frames; accepted: {n_frames}")
+            electrons = self._electrons(archive, n_frames)
             fixed = numbers.read(n_atoms) if len(numbers.shape) == 1 else None
             if fixed is None:
                 columns["numbers"] = numbers
@@ -74,6 +76,7 @@ class NpzSet:
                         atoms.info["energy"] = chunk["energy"][k].reshape(())
                     if "forces" in chunk:
                         atoms.arrays["forces"] = chunk["forces"][k]
+                    atoms.info.update({name: values[start + k] for name, values in electrons.items()})
                     names = LabelKeys(finite=self._keys.finite)
                     yield attach_labels(atoms, spec, names, f"{self.path}, frame {start + k}")
 
@@ -97,6 +100,16 @@ class NpzSet:
             if number in stored and position in stored:
                 return number, position, self._keys.energy or energy, self._keys.forces or force
         raise InputError(f"{self.path}: has keys {', '.join(stored)}; accepted: {' '.join(_LAYOUTS[0])}, or z R E F")
+
+    def _electrons(self, archive: zipfile.ZipFile, n_frames: int) -> dict[str, np.ndarray]:
+        """Charges and spins (frames,) that arrays state, one for each frame or for all."""
+        stored = {name: self._rows(archive, name) for name in _members(archive) if electron_kind(name) is not None}
+        found = {}
+        for name, rows in stored.items():
+            if int(np.prod(rows.shape)) in (1, n_frames):
+                values = rows.read(rows.shape[0] if rows.shape else 1)
+                found[name] = np.broadcast_to(np.ravel(values), n_frames)
+        return found
 
     def _resolve_units(self, archive: zipfile.ZipFile) -> UnitSpec:
         if self._units is not None:
