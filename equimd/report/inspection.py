@@ -10,10 +10,11 @@ from ase.data import chemical_symbols
 
 from equimd.errors import InputError
 from equimd.frames import Frames, LabelKeys
-from equimd.frames.arrays import FrameArrays, Packer
+from equimd.frames.arrays import FrameArrays
 from equimd.frames.compositions import fit_atomic_energies
 from equimd.frames.electrons import differing
 from equimd.frames.fingerprints import duplicates_between, duplicates_within
+from equimd.frames.packing import Packer
 from equimd.report.survey import Outlier, Survey
 from equimd.results import Block, Result
 

@@ -36,10 +36,10 @@ from equimd.frames.arrays import (
     META_FILE,
     NOT_FOR_WANT_OF_FILES,
     FrameArrays,
-    Packer,
     open_arrays,
 )
 from equimd.frames.electrons import is_isolated_atom
+from equimd.frames.packing import Packer
 from equimd.frames.reading import format_suffix
 from equimd.frames.tables import lmdb_shards
 from equimd.kernels.compiled import cache_folder
