@@ -268,7 +268,7 @@ def suggest_recipe(
             f"  isolated_atom_energies: {{{', '.join(f'{symbol}: ...' for symbol in missing)}}}  # or leave out: fitted"
         )
     lines.append("loss:")
-    for term, weight in (("energy", 10.0), ("forces", 1.0), ("stress", 10.0)):
+    for term, weight in (("energy", 1.0), ("forces", 1.0), ("stress", 10.0)):
         lines.append(f"  {term}: {weight if first.n_labelled[term] else 0.0}")
     edges = first.neighbors.mean * sum(first.elements.values()) / first.n_frames
     lines += ["batch:", f"  n_frames: {int(min(32, max(1, round(600 / max(edges, 1)))))}"]

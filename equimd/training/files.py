@@ -16,7 +16,7 @@ from equimd.results import DISK_FULL
 from equimd.training.distributed import World
 from equimd.training.ledger import Ledger
 from equimd.training.loggers import Loggers
-from equimd.training.reporting import MetricsFile
+from equimd.training.reporting import MetricsFile, writing
 from equimd.training.result import RESULT_FILE, TrainingResult
 from equimd.training.sections import LoggingSection
 from equimd.training.setup import Setup
@@ -76,7 +76,8 @@ class RunFolder:
             except OSError as error:
                 raise InputError(f"cannot make {self.folder}: {error.strerror}") from error
             if not (self.folder / START_FILE).exists():
-                write_frames(self.folder / START_FILE, [self.setup.start])
+                with writing(self.folder / START_FILE):
+                    write_frames(self.folder / START_FILE, [self.setup.start])
             header, p = self.setup.header, self.progress
             self.metrics = MetricsFile(self.folder, p.rows)
             self.loggers = Loggers(section, self.folder, header["name"], header["recipe"], p.step)

@@ -59,12 +59,12 @@ class MetricsFile:
             if len(lines) < rows + 1:
                 raise InputError(f"cannot resume: {self.path} has fewer than the {rows} rows that were written")
             kept, self.columns = "".join(lines[: rows + 1]), lines[0].strip().split(",")
-        with _writing(self.path):
+        with writing(self.path):
             write_text_atomically(self.path, kept)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; numbers with seven significant digits, empty where there is none."""
-        with _writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line([_text(row.get(column)) for column in self.columns]))
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +83,7 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """A full disk stays an OSError, which names the file; everything else is bad input."""
     try:
         yield
