@@ -82,7 +82,8 @@ def make_card(folder: Path, name: str, data: Path) -> dict[str, Any]:
         "data": {"name": data.name, "n_train": header["n_train"], "sha256": header["data_sha256"]},
         "training": {
             key: ledger[key] for key in ("device", "n_devices", "n_threads", "device_hours", "steps", "frames_seen")
-        },
+        }
+        | {key: ledger[key] for key in ("cpu_hours", "shared") if key in ledger},
         "test": _errors(calculator, test),
         "hot": _errors(calculator, read_list(data / "hot.xyz.gz")),
         "equivariance": {

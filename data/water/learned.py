@@ -27,8 +27,8 @@ MAX_FORCE = 15.0  # eV/Å; a trajectory stops beyond it
 RECIPE = {
     "seed": 0,
     "model": {"family": "equivariant", "cutoff": 4.0, "n_layers": 2, "l_max": 1, "n_channels": 16},
-    "loss": {"energy": 10.0, "forces": 1.0, "stress": 10.0},
-    "optimizer": {"lr": 5e-3},
+    "loss": {"kind": "mse", "energy": 10.0, "forces": 1.0, "stress": 10.0},
+    "optimizer": {"name": "adamw", "lr": 5e-3},
     "schedule": {"warmup_steps": 50},
     "ema": {"decay": 0.99},
     "batch": {"n_frames": 1},

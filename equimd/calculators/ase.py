@@ -12,9 +12,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from equimd.calculators.electrons import check_electrons
 from equimd.calculators.forcefield import Evaluation, process_peak_memory
 from equimd.errors import InputError
+from equimd.frames.electrons import check_atoms, electron_entries
 
 if TYPE_CHECKING:
     from equimd.calculators.evaluator import Outcome, Structure
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-INFO_KEYS = ("charge", "spin", "multiplicity")
-"""What is read of ``atoms.info``: total charge in e; spin multiplicity 2S + 1 under either other name."""
 
 
 def _alone(
@@ -46,8 +43,8 @@ class EquimdCalculator(Calculator):
     Energies are Python floats in eV and contain the isolated atoms; ``energies`` sum to the energy. ``stress`` is
     Voigt xx yy zz yz xz xy in eV/Å³, tension positive; the raw 3×3, whose antisymmetric part shows the torque of a
     potential that is not invariant, is kept as ``stress_tensor``. Results are kept until positions, cell, pbc, numbers,
-    initial charges or magnetic moments, or one of ``INFO_KEYS`` change. Nothing global is touched, and torch's default
-    dtype and device, autocast and inference mode change nothing.
+    initial charges or magnetic moments, or a charge or spin in ``info`` (see ``frames/electrons.py``) change. Nothing
+    global is touched, and torch's default dtype and device, autocast and inference mode change nothing.
 
     Threads may share a calculator: each gets the results of its own atoms, one after the other, from what returns them
     (``atoms.get_forces()``); ``results`` and ``stress_tensor`` are those of the last calculation of any thread. A copy
@@ -248,7 +245,7 @@ class EquimdCalculator(Calculator):
             raise InputError("no atoms given yet; pass atoms or set atoms.calc first")
         self._forget()
         info = _read_info(atoms)
-        _check_electrons(atoms, info, self.header)
+        check_atoms(atoms, self.header)
         structure = _structure(atoms)
         if "stress" in properties and not structure.has_stress:
             raise PropertyNotImplementedError("stress needs a periodic structure with three lattice vectors")
@@ -321,7 +318,7 @@ class EquimdCalculator(Calculator):
         return process_peak_memory()
 
     def _checked(self, atoms: Atoms) -> "Structure":
-        _check_electrons(atoms, _read_info(atoms), self.header)
+        check_atoms(atoms, self.header)
         return _structure(atoms)
 
 
@@ -338,15 +335,5 @@ def _evaluation(outcomes: "list[Outcome]") -> Evaluation:
 
 
 def _read_info(atoms: Atoms) -> dict[str, Any]:
-    return {key: atoms.info[key] for key in INFO_KEYS if key in atoms.info}
-
-
-def _check_electrons(atoms: Atoms, info: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    """Charge and spin from ``atoms.info``; from initial charges and magnetic moments where it says nothing."""
-    electrons = dict(info)
-    if "charge" not in electrons and "initial_charges" in atoms.arrays:
-        electrons["charge"] = atoms.arrays["initial_charges"].sum()
-    if not {"spin", "multiplicity"} & electrons.keys() and "initial_magmoms" in atoms.arrays:
-        # A vector per atom where moments are not collinear.
-        electrons["multiplicity"] = 1.0 + np.linalg.norm(np.atleast_1d(atoms.arrays["initial_magmoms"].sum(axis=0)))
-    check_electrons(header, **electrons)
+    """What is read of ``info``, in a form that can be compared and that nobody else changes."""
+    return {key: np.asarray(value).tolist() for key, value in electron_entries(atoms).items()}

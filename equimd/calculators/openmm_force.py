@@ -160,9 +160,9 @@ class EquimdForce:
 
     def _load(self) -> "Potential":
         """The potential, checked, and symmetrised if that is asked for."""
-        from equimd.calculators.electrons import check_electrons
         from equimd.calculators.evaluator import Evaluator
         from equimd.calculators.loading import fingerprint, resolve, symmetrized
+        from equimd.frames.electrons import check_electrons
         from equimd.models.checkpoint import shipped_folder
 
         model = self.model

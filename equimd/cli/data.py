@@ -66,12 +66,22 @@ def inspect(
             failure = error
 
     with progress() as stages:
-        result = inspect_files(opened, cutoff, stages, None if figure is None else draw)
+        result = inspect_files(opened, cutoff, stages, None if figure is None else draw, _names(key))
     looked = result.files if isinstance(result, Comparison) else [result]
-    suggested = suggest_recipe(looked, unit or [], key or [])
+    shared = result.shared if isinstance(result, Comparison) else []
+    suggested = suggest_recipe(looked, unit or [], key or [], shared)
     emit(result, json, lambda: _show(looked, result, suggested, None if failure else figure))
     if failure is not None:
         raise failure
+
+
+def _names(pairs: list[str] | None) -> Any:
+    """The names of labels among the options, which ``open_frames`` has checked."""
+    from equimd.frames import LabelKeys
+
+    given = dict(pair.split("=", 1) for pair in pairs or ())
+    energy, forces, stress, virial = (given.get(label) for label in ("energy", "forces", "stress", "virial"))
+    return LabelKeys(energy, forces, stress, virial)
 
 
 def _show(looked: "list[Inspection]", result: "Inspection | Comparison", recipe: str, figure: Path | None) -> Any:
@@ -95,6 +105,10 @@ def _rows(one: "Inspection") -> list[tuple[str, str, str]]:
         ("Atoms", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}", "in a frame"),
         ("Elements", " ".join(one.elements), ", ".join(f"{count:,}" for count in one.elements.values()) + " atoms"),
         *((f"Frames with {label}", f"{count:,}", "") for label, count in one.n_labelled.items()),
+    ]
+    rows += [
+        (f"States {said.what}", f"{said.value:g}", f"{said.name} in {said.n_frames:,} frames, first {said.first_frame}")
+        for said in one.electrons[:5]
     ]
     if one.isolated_atoms:
         values = ", ".join(f"{symbol} {energy:.4f}" for symbol, energy in one.isolated_atoms.items())

@@ -57,7 +57,9 @@ def evaluate(
     frames = list(open_frames(dataset, topology, unit, key, stride, select=select, no_pbc=no_pbc))
     calculator = make_calculator(potential, device, dtype, symmetrize)
     from equimd.analysis.accuracy import evaluate_accuracy
+    from equimd.frames.electrons import check_frames
 
+    check_frames(frames, calculator.header, str(dataset), stride)
     with progress() as bar:
         result = evaluate_accuracy(
             calculator,

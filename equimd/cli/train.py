@@ -67,11 +67,22 @@ def _show(result: "TrainingResult", folder: Path):  # noqa: ANN202
     rows = [
         (f"Force error (MAE), {which}", number(test.force_mae, 1e3), "meV/Å"),
         (f"Energy error (MAE), {which}", number(test.energy_per_atom_mae, 1e3), "meV/atom"),
+        *_stress(f"Stress error (MAE), {which}", test.stress_mae),
         ("Steps", f"{result.steps:,}", ""),
         ("Speed of training", number(result.frames_per_s), "frames/s"),
         ("Cost", number(result.device_hours), f"device-hours ({devices})"),
+        ("", number(result.cpu_hours), "CPU-hours" + (", on a machine that did other work" if result.shared else "")),
     ]
     return grid(f"{result.name} → {folder}", rows)
+
+
+def _stress(label: str, error: float | None) -> list[tuple[str, str, str]]:
+    """The row of a stress error, none without labels."""
+    from equimd.units import GPA
+
+    if error is None:
+        return []
+    return [(label, number(error, 1e3), f"meV/Å³ ({number(error / GPA)} GPa)")]
 
 
 def _show_ensemble(result: "EnsembleResult", folder: Path):  # noqa: ANN202
@@ -79,8 +90,10 @@ def _show_ensemble(result: "EnsembleResult", folder: Path):  # noqa: ANN202
     rows = [
         (f"Force error (MAE) of the mean, {result.split}", number(result.mean.force_mae, 1e3), "meV/Å"),
         ("Force error (MAE) of one member", number(sum(single) / len(single) if single else None, 1e3), "meV/Å"),
+        *_stress(f"Stress error (MAE) of the mean, {result.split}", result.mean.stress_mae),
         ("Spread of the members' forces (RMS)", number(result.spread_rms, 1e3), "meV/Å"),
         ("Correlation of spread and error", number(result.correlation), ""),
         ("Cost", number(result.device_hours), "device-hours"),
+        ("", number(result.cpu_hours), "CPU-hours" + (", on a machine that did other work" if result.shared else "")),
     ]
     return grid(f"{result.name}, {len(result.members)} members → {folder}", rows)

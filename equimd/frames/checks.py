@@ -13,6 +13,8 @@ MINIMUM_DISTANCE = 0.5
 N_CHECKED = 64  # frames of a file that are looked at
 COINCIDENT_DISTANCE = 0.01
 _PAIR_LIMIT = 1500
+_MANY = 10  # frames
+_SMALL = (0.005, 0.08)  # eV/Å: 0.3 to 4 eV/Å in Hartree/Bohr
 
 
 def check_structure(atoms: Atoms, species: Sequence[int] | None = None) -> None:
@@ -98,7 +100,9 @@ def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = Non
     per Å is 23 times as large), stresses stay below 1.5 eV/Å³ (240 GPa), energies per atom lie between that of all
     electrons, −20.9 Z^(7/3) eV (Thomas-Fermi, Z averaged over atoms), and +50 eV, and bonds above 0.5 Å.
     """
-    squares, components, n_forces = 0.0, 0, 0
+    frames = list(frames)
+    squares: list[float] = []
+    components: list[int] = []
     energies: list[float] = []
     lowest: list[float] = []
     with_energy: list[int] = []
@@ -113,9 +117,8 @@ def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = Non
         images = images or _image_message(atoms, index)
         labels = labels_of(atoms)
         if labels["forces"] is not None and len(atoms) > 1:
-            squares += float((labels["forces"] ** 2).sum())
-            components += labels["forces"].size
-            n_forces += 1
+            squares.append(float((labels["forces"] ** 2).sum()))
+            components.append(labels["forces"].size)
         if labels["energy"] is not None and len(atoms):
             with_energy.append(index)
             energies.append(labels["energy"] / len(atoms))
@@ -129,7 +132,7 @@ def check_plausible(frames: Iterable[Atoms], indices: Sequence[int] | None = Non
                     virial_ratios.append(work / force)
     messages = _energy_messages(np.array(energies), np.array(lowest), with_energy)
     if components:
-        messages += _force_messages(float(np.sqrt(squares / components)), n_forces)
+        messages += _force_messages(np.array(squares), np.array(components), frames)
     if stress > 1.5:
         messages.append(
             f"the largest stress component is {stress:.3g} eV/Å³ ({stress * 160.2:.0f} GPa): is it in kbar or GPa?"
@@ -158,17 +161,26 @@ def _image_message(atoms: Atoms, index: int) -> str:
     return ""
 
 
-def _force_messages(rms: float, n_frames: int) -> list[str]:
+def _force_messages(squares: np.ndarray, components: np.ndarray, frames: list[Atoms]) -> list[str]:
+    rms = float(np.sqrt(squares.sum() / components.sum()))
     if rms > 12.0:
         return [
             f"the force RMS is {rms:.3g} eV/Å: is it in kcal/mol/Å (then {rms / 23.06:.3g} eV/Å)"
             ' or kJ/mol/nm? see UnitSpec(energy="kcal/mol")'
         ]
-    if n_frames >= 10 and 1e-4 < rms < 0.04:  # a few relaxed structures are no cause for alarm
-        return [
-            f"the force RMS of {n_frames} frames is {rms:.2g} eV/Å: is it in Hartree/Bohr (then {rms * 51.4:.2g} eV/Å)?"
-            ' see UnitSpec(energy="Hartree", length="Bohr")'
-        ]
+    # Thermal forces in Hartree/Bohr are alike in all frames, where those of relaxed ones differ by orders of magnitude,
+    # and far too small for how much the bonds differ; a few relaxed structures are no cause for alarm.
+    alike = float(np.median(np.sqrt(squares / components))) > rms / 4.0
+    if len(squares) >= _MANY and _SMALL[0] < rms < _SMALL[1] and alike:
+        from equimd.frames.stiffness import LEAST, bond_stiffness
+
+        found = bond_stiffness(frames)
+        if found is not None and found[0] < LEAST and found[1] >= _MANY:
+            return [
+                f"the force RMS of {len(squares)} frames is {rms:.2g} eV/Å, which is too small for how much their bonds"
+                f" differ: is it in Hartree/Bohr (then {rms * 51.4:.2g} eV/Å)?"
+                ' see UnitSpec(energy="Hartree", length="Bohr")'
+            ]
     return []
 
 

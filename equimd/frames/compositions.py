@@ -1,7 +1,8 @@
 """How many atoms of which element frames have, and the atomic energies that a least-squares fit takes from that.
 
-Frames enter a fit as the mean energy of each composition, weighted with the root of their number, which has the same
-solution as all of them; arrays are read in chunks.
+A fit is of energies per atom, so that a set of mixed sizes is not that of its largest frames. Frames enter it as the
+mean energy of each composition, weighted with the root of their number, which has the same solution as all of them;
+arrays are read in chunks.
 """
 
 from collections.abc import Mapping
@@ -26,13 +27,16 @@ def fit_atomic_energies(
 ) -> Fit:
     """Energies of the elements ``wanted`` that, with those ``known`` of all, come closest to the energies of frames.
 
+    "Closest" is least squares of the energy per atom.
+
     What the compositions do not tell is shared out so that Σ energy² is smallest, or Σ (energy / Z)² ``by_charge``, for
     energies that hold all of an atom; zeros without labels.
     """
     counts, n_frames, mean = compositions(arrays, known)
     if not len(counts) or not wanted:
         return Fit(dict.fromkeys(wanted, 0.0), not wanted)
-    weight, scale = np.sqrt(n_frames), np.array(wanted if by_charge else np.ones(len(wanted)), dtype=np.float64)
+    weight = np.sqrt(n_frames) / counts.sum(axis=1)
+    scale = np.array(wanted if by_charge else np.ones(len(wanted)), dtype=np.float64)
     columns = [list(arrays.meta["species"]).index(z) for z in wanted]
     matrix = counts[:, columns] * weight[:, None] * scale
     solution, _, rank, _ = np.linalg.lstsq(matrix, mean * weight, rcond=_RCOND)

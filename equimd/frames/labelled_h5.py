@@ -30,6 +30,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from equimd.errors import InputError
+from equimd.frames.electrons import electron_kind
 from equimd.frames.h5md_units import unit_factor
 from equimd.frames.labels import ENERGY_NAMES, FORCES_NAMES, STRESS_NAMES, LabelKeys, UnitSpec, attach_labels
 
@@ -46,8 +47,6 @@ _NAMES = {
     "cell": ("cell", "cells", "lattice"),
     "pbc": ("pbc",),
 }
-# What decides the meaning of the labels; kept in `info` under the name that the file has.
-_STATES = ("charge", "total_charge", "spin", "total_spin", "multiplicity", "spin_multiplicity")
 # Of one frame, where it is not that of the positions.
 _SHAPES = {"energy": ((), (1,)), "stress": ((3, 3), (6,)), "cell": ((3, 3),), "pbc": ((3,),)}
 _FACTORS = {"energy": "energy_factor", "forces": "force_factor", "gradients": "force_factor"}
@@ -101,6 +100,7 @@ class LabelledH5:
         n_frames = _n_frames(columns["positions"].values)
         n_atoms = columns["positions"].values.shape[-2]
         numbers = self._elements(group, n_frames, n_atoms)
+        electrons = _electrons(group, n_frames)
         for start in range(0, n_frames, FRAMES_PER_CHUNK):
             stop = min(start + FRAMES_PER_CHUNK, n_frames)
             wanted = [keep is None or keep(first + k, n_atoms) for k in range(start, stop)]
@@ -114,7 +114,9 @@ class LabelledH5:
                     continue
                 frame = {name: rows[k] for name, rows in chunk.items()}
                 elements = numbers if numbers.ndim == 1 else numbers[start + k]
-                yield self._frame(elements, frame, f"{self.path}, frame {first + start + k} ({group.name})")
+                atoms = self._frame(elements, frame, f"{self.path}, frame {first + start + k} ({group.name})")
+                atoms.info.update({name: values[start + k] for name, values in electrons.items()})
+                yield atoms
 
     def _frame(self, numbers: np.ndarray, frame: dict[str, np.ndarray], where: str) -> Atoms:
         cell = frame.get("cell")
@@ -128,9 +130,6 @@ class LabelledH5:
         ):
             if value is not None and not np.isnan(value).all():
                 store[name] = value.reshape(()) if name == "energy" else value
-        for name, value in frame.items():
-            if name.lower() in _STATES:
-                atoms.info[name] = np.asarray(value).reshape(()).item()
         names = LabelKeys(voigt=self._keys.voigt, stress_sign=self._keys.stress_sign, finite=self._keys.finite)
         return attach_labels(atoms, UnitSpec(), names, where)
 
@@ -155,9 +154,6 @@ class LabelledH5:
         shape = found["positions"].shape
         if len(shape) not in (2, 3) or shape[-1] != 3:
             raise InputError(f"{self.path}: {found['positions'].name} has shape {shape}; accepted: (frames, atoms, 3)")
-        of_frames = ((), (1,), shape[:1], (*shape[:1], 1)) if len(shape) == 3 else ((), (1,))  # others are of atoms
-        states = [values for values in _named(group, _STATES) if values.shape in of_frames]
-        found |= {values.name.rsplit("/", 1)[-1]: values for values in states}
         return {name: self._column(name, values, shape) for name, values in found.items() if values is not None}
 
     def _refuse_several(self, group: Any, stored: list[Any], name: str) -> NoReturn:
@@ -175,9 +171,9 @@ class LabelledH5:
 
     def _column(self, name: str, values: Any, shape: tuple[int, ...]) -> _Column:
         """``shape`` is that of the positions."""
-        one_frame = ((), (1,)) if name.lower() in _STATES else _SHAPES.get(name, (shape[-2:],))
+        one_frame = _SHAPES.get(name, (shape[-2:],))
         per_frame = len(shape) == 3 and values.shape in [(shape[0], *one) for one in one_frame]
-        fixed = values.shape in one_frame and (len(shape) == 2 or name in ("cell", "pbc") or name.lower() in _STATES)
+        fixed = values.shape in one_frame and (len(shape) == 2 or name in ("cell", "pbc"))
         if not per_frame and not fixed:
             raise InputError(f"{self.path}: {values.name} has shape {values.shape}; the positions have {shape}")
         return _Column(values, self._factor(name, values), per_frame)
@@ -259,6 +255,19 @@ def _keyed(group: Any, key: str) -> Any:
 def _places(group: Any) -> list[Any]:
     inner = group.get("properties")
     return [group, inner] if isinstance(inner, h5py.Group) else [group]
+
+
+def _electrons(group: Any, n_frames: int) -> dict[str, np.ndarray]:
+    """Charges and spins (frames,) that a group states in datasets or attributes, one for each frame or for all."""
+    stored = [(name, place[name]) for place in _places(group) for name in place if electron_kind(name) is not None]
+    stored = [(name, values[()]) for name, values in stored if _is_label(values)]
+    stored += [(name, value) for name, value in group.attrs.items() if electron_kind(name) is not None]
+    plain = [(name, np.ravel(values)) for name, values in stored]
+    return {
+        name: np.broadcast_to(values, n_frames)
+        for name, values in plain
+        if values.dtype.kind in "fiub" and values.size in (1, n_frames)
+    }
 
 
 def _is_label(values: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from equimd.errors import InputError
+from equimd.frames.electrons import electron_kind
 from equimd.frames.labeller import Labeller
 from equimd.frames.labels import LabelKeys, UnitSpec, attach_labels
 
@@ -62,6 +63,7 @@ class NpzSet:
                     if columns[label].shape[:1] != (n_frames,):
                         found = columns[label].shape[0] if columns[label].shape else 1
                         raise InputError(f"{self.path}: {name} has {found} frames; accepted: {n_frames}")
+            electrons = self._electrons(archive, n_frames)
             fixed = numbers.read(n_atoms) if len(numbers.shape) == 1 else None
             if fixed is None:
                 columns["numbers"] = numbers
@@ -77,6 +79,7 @@ class NpzSet:
                         atoms.info["energy"] = chunk["energy"][k].reshape(())
                     if "forces" in chunk:
                         atoms.arrays["forces"] = chunk["forces"][k]
+                    atoms.info.update({name: values[start + k] for name, values in electrons.items()})
                     names = LabelKeys(finite=self._keys.finite)
                     yield attach_labels(atoms, spec, names, f"{self.path}, frame {start + k}")
 
@@ -114,6 +117,16 @@ class NpzSet:
                 near = get_close_matches(key, stored, n=1)
                 accepted = f"a name that is there, such as {near[0]!r}" if near else ", ".join(stored)
                 raise InputError(f"{self.path}: no array is {key!r}, the key of {label}; accepted: {accepted}")
+
+    def _electrons(self, archive: zipfile.ZipFile, n_frames: int) -> dict[str, np.ndarray]:
+        """Charges and spins (frames,) that arrays state, one for each frame or for all."""
+        stored = {name: self._rows(archive, name) for name in _members(archive) if electron_kind(name) is not None}
+        found = {}
+        for name, rows in stored.items():
+            if int(np.prod(rows.shape)) in (1, n_frames):
+                values = rows.read(rows.shape[0] if rows.shape else 1)
+                found[name] = np.broadcast_to(np.ravel(values), n_frames)
+        return found
 
     def _resolve_units(self, archive: zipfile.ZipFile) -> UnitSpec:
         if self._units is not None:

@@ -132,6 +132,8 @@ def transaction(path: Path) -> Iterator[Overlay]:
 
 def recover(path: Path) -> bool:
     """Finish a transaction whose journal was written but which was killed before its end; True if there was one."""
+    if not path.name:  # "." and "/" are folders
+        return False
     journal = _journal(path)
     if not journal.exists():
         return False

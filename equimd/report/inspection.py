@@ -9,14 +9,18 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from equimd.errors import InputError
-from equimd.frames import Frames
-from equimd.frames.arrays import FrameArrays, Packer
+from equimd.frames import Frames, LabelKeys
+from equimd.frames.arrays import FrameArrays
 from equimd.frames.compositions import fit_atomic_energies
+from equimd.frames.electrons import differing
 from equimd.frames.fingerprints import duplicates_between, duplicates_within
+from equimd.frames.packing import Packer
 from equimd.report.survey import Outlier, Survey
 from equimd.results import Block, Result
 
 N_LISTED = 20
+MOST_CUTOFF = 30.0
+"""Å; neighbours of an atom grow with its third power: 10,000 in a metal."""
 _NET_FORCE = 0.02  # eV/Å per atom: beyond what rounding leaves of forces that add up to zero
 
 
@@ -32,13 +36,28 @@ class Spread(Block):
     high: float
 
 
+class Electrons(Block):
+    """A charge in e, a multiplicity 2S + 1 or a spin that frames state under a name; the first of them."""
+
+    what: str
+    value: float
+    name: str
+    first_frame: int
+    n_frames: int
+
+    @classmethod
+    def of(cls, entry: Sequence[Any]) -> "Electrons":
+        """From an entry of a ``Tally``."""
+        return cls(**dict(zip(cls.model_fields, entry, strict=True)))
+
+
 class Inspection(Result):
     """One file. Energies in eV per atom, forces in eV/Å, distances in Å; lists of frames hold the first N_LISTED.
 
     n_labelled counts frames that carry each label; force_quantiles are of the length of the force on an atom, by
     percent; energy_residual is the RMS of what a fit of atomic energies leaves, per atom; net_force counts frames of
-    molecules whose forces do not add up to zero; neighbors are those of an atom within the cutoff;
-    lossy says how the format rounded positions.
+    molecules whose forces do not add up to zero; neighbors are those of an atom within the cutoff; electrons are the
+    charges and spins that frames state; lossy says how the format rounded positions.
     """
 
     path: str
@@ -64,6 +83,7 @@ class Inspection(Result):
     n_outliers: int
     duplicates: list[tuple[int, int]]
     n_duplicates: int
+    electrons: list[Electrons]
     warnings: list[str]
     lossy: str | None = None
 
@@ -86,19 +106,24 @@ class Comparison(Result):
 
 
 def inspect_files(
-    files: Sequence[Frames], cutoff: float, progress: Progress | None = None, draw: Draw | None = None
+    files: Sequence[Frames],
+    cutoff: float,
+    progress: Progress | None = None,
+    draw: Draw | None = None,
+    keys: LabelKeys | None = None,
 ) -> Inspection | Comparison:
     """Read every file once, frame by frame, and look at it; what outgrows memory goes to a temporary folder.
 
-    ``progress(file, frames done, frames)`` hears how far it is; ``draw`` gets the surveys while their arrays are there.
+    ``progress(file, frames done, frames)`` hears how far it is; ``draw`` gets the surveys while their arrays are there;
+    ``keys`` are the names of labels that the files were opened with.
 
     Raises:
-        InputError: for no frames, or frames that make no sense at all.
+        InputError: for no frames, frames that make no sense at all, a name in ``keys`` that no frame of a file has.
     """
-    if cutoff <= 0:
-        raise InputError(f"the cutoff is {cutoff} Å; accepted is a positive number")
+    if not 0 < cutoff <= MOST_CUTOFF:
+        raise InputError(f"the cutoff is {cutoff:g} Å; accepted is a positive number up to {MOST_CUTOFF:g}")
     with tempfile.TemporaryDirectory(prefix="equimd-inspect-") as folder:
-        packed = [_pack(file, cutoff, Path(folder), progress) for file in files]
+        packed = [_pack(file, cutoff, Path(folder), progress, keys) for file in files]
         common = _atomic_energies(packed[0])
         surveys = []
         for arrays in packed:
@@ -114,7 +139,7 @@ def inspect_files(
         return Comparison(files=looked, shared=shared)
 
 
-def _pack(file: Frames, cutoff: float, folder: Path, progress: Progress | None) -> FrameArrays:
+def _pack(file: Frames, cutoff: float, folder: Path, progress: Progress | None, keys: LabelKeys | None) -> FrameArrays:
     total = len(file) if file.source.count is not None else 0
 
     def seen() -> Iterator[tuple[int, Any]]:
@@ -123,11 +148,14 @@ def _pack(file: Frames, cutoff: float, folder: Path, progress: Progress | None) 
                 progress(file.path.name, item[0], max(total, item[0] + 1))
             yield item
 
-    with Packer(cutoff, lambda: Path(tempfile.mkdtemp(dir=folder))) as packer:
+    with Packer(cutoff, lambda: Path(tempfile.mkdtemp(dir=folder)), keys=keys) as packer:
         packer.add_file(seen(), str(file.path))
         arrays = packer.finish()
     if not len(arrays):
         raise InputError(f"{file.path}: holds no frames; accepted: one or more")
+    if label := arrays.unmet_key(keys):
+        held = [message for _, message in arrays.meta["unclaimed"]] or ["accepted: a name that frames have"]
+        raise InputError(f"{file.path}: no frame has {label} under the name {getattr(keys, label)!r}; {held[0]}")
     if progress is not None:
         progress(file.path.name, max(total, 1), max(total, 1))
     return arrays
@@ -182,9 +210,23 @@ def _look(path: str, survey: Survey, lossy: str | None) -> Inspection:
         n_outliers=len(outliers),
         duplicates=[(int(index[a]), int(index[b])) for a, b in pairs[:N_LISTED]],
         n_duplicates=len(pairs),
-        warnings=[str(message) for _, message in arrays.meta["implausible"]],
+        electrons=[Electrons.of(entry) for entry in arrays.meta["electrons"]],
+        warnings=_warnings(path, arrays),
         lossy=lossy,
     )
+
+
+def _warnings(path: str, arrays: FrameArrays) -> list[str]:
+    """What is odd about the set as a whole, one line each."""
+    lines = [str(message) for kind in ("implausible", "unclaimed") for _, message in arrays.meta[kind]]
+    if message := differing(arrays.meta["electrons"], lambda index: f"{path}, frame {index}"):
+        lines.append(f"{message}: training refuses the set")
+    if len(alone := arrays.lone_atoms()):
+        lines.append(
+            f"{len(alone)} frames are single atoms (first: frame {alone[0]}): with config_type=IsolatedAtom their"
+            " energies are taken for those of isolated atoms, without it they are learned like any other frame"
+        )
+    return lines
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -209,17 +251,16 @@ def _shared(name: str, arrays: FrameArrays, other_name: str, other: FrameArrays)
     )
 
 
-def suggest_recipe(files: Sequence[Inspection], units: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
+def suggest_recipe(
+    files: Sequence[Inspection], units: Sequence[str] = (), keys: Sequence[str] = (), shared: Sequence[Shared] = ()
+) -> str:
     """The part of a recipe that these files decide, as YAML; the first file is the training set.
 
-    ``units`` and ``keys`` are what they were read with, each as WHAT=NAME.
+    ``units`` and ``keys`` are what they were read with, each as WHAT=NAME; ``shared`` says which frames are in two.
     """
     first = files[0]
-    lines = ["data:"]
-    for split, file in zip(("train", "valid", "test"), files, strict=False):
-        lines.append(f"  {split}: {file.path}")
-    if len(files) == 1:
-        lines.append("  valid: ...  # frames of other trajectories")
+    lines = ["data:", *_split_lines(files, shared)]
+    lines += _electron_lines(first)
     for name, pairs in (("units", units), ("keys", keys)):
         if pairs:
             lines.append(f"  {name}: {{{', '.join(pair.replace('=', ': ', 1) for pair in pairs)}}}")
@@ -229,8 +270,38 @@ def suggest_recipe(files: Sequence[Inspection], units: Sequence[str] = (), keys:
             f"  isolated_atom_energies: {{{', '.join(f'{symbol}: ...' for symbol in missing)}}}  # or leave out: fitted"
         )
     lines.append("loss:")
-    for term, weight in (("energy", 10.0), ("forces", 1.0), ("stress", 10.0)):
+    for term, weight in (("energy", 1.0), ("forces", 1.0), ("stress", 10.0)):
         lines.append(f"  {term}: {weight if first.n_labelled[term] else 0.0}")
     edges = first.neighbors.mean * sum(first.elements.values()) / first.n_frames
     lines += ["batch:", f"  n_frames: {int(min(32, max(1, round(600 / max(edges, 1)))))}"]
     return "\n".join(lines)
+
+
+def _split_lines(files: Sequence[Inspection], shared: Sequence[Shared]) -> list[str]:
+    """Which file is which split: by its name, else in order; none that shares frames with the training set."""
+    train, *others = files
+    leaks = {one.file: one.n_frames for one in shared if one.other == train.path and one.n_frames}
+    chosen: dict[str, str] = {}
+    for file in (one for one in others if one.path not in leaks):
+        name = Path(file.path).name.lower()
+        wanted = ["test", "valid"] if "test" in name else ["valid", "test"]
+        free = [split for split in wanted if split not in chosen]
+        if free:
+            chosen[free[0]] = file.path
+    lines = [f"  train: {train.path}", f"  valid: {chosen.get('valid', '...  # frames of other trajectories')}"]
+    lines += [f"  test: {chosen['test']}"] if "test" in chosen else []
+    return lines + [f"  # left out: {n} frames of {path} are training frames too" for path, n in leaks.items()]
+
+
+def _electron_lines(first: Inspection) -> list[str]:
+    """Charge and multiplicity, if frames state one that is not the default."""
+    lines = []
+    for key, default in (("charge", 0.0), ("multiplicity", 1.0)):
+        values = {
+            max(one.value, default) if one.what == "spin" else one.value
+            for one in first.electrons
+            if key == ("charge" if one.what == "charge" else "multiplicity")
+        }
+        if len(values) == 1 and values != {default}:
+            lines.append(f"  {key}: {values.pop():g}")
+    return lines

@@ -11,6 +11,8 @@ from equimd.results import Block
 
 SIGMAS = 6.0
 """Robust standard deviations from the median, beyond which a frame is an outlier."""
+_MOST_OUTLIERS = 0.1  # of the frames: what more of them share is a second kind of frame
+_SMALL_FORCE = 0.05  # eV/Å: below it, no force is too large
 _TOO_CLOSE = 0.6  # of the sum of covalent radii
 FORCE_BINS = np.logspace(-4, 3, 141)
 N_DISTANCE_BINS = 120
@@ -107,7 +109,12 @@ class Survey:
         too_close = np.where(self.closeness < _TOO_CLOSE, SIGMAS * _TOO_CLOSE / np.maximum(self.closeness, 1e-6), 0.0)
         found: list[tuple[float, Outlier]] = []
         for what, values, score, unit in (
-            ("largest force", self.largest_force, _robust(np.log(np.maximum(self.largest_force, 1e-12)), 0.1), "eV/Å"),
+            (
+                "largest force",
+                self.largest_force,
+                _robust(np.log(np.maximum(self.largest_force, _SMALL_FORCE)), 0.1),
+                "eV/Å",
+            ),
             ("energy beyond the fit", 1000.0 * self.energy, np.abs(_robust(self.energy, 1e-4)), "meV/atom"),
             ("closest atoms", self.closest, too_close, "Å"),
             ("atoms without neighbours", self.alone.astype(float), np.where(self.alone, 2.0 * SIGMAS, 0.0), ""),
@@ -120,10 +127,17 @@ class Survey:
 
 
 def _robust(values: np.ndarray, least: float) -> np.ndarray:
-    """Distance from the median in standard deviations, as the median deviation gives them, at least ``least``."""
+    """Distance from the median in standard deviations, as the median deviation gives them, at least ``least``.
+
+    Where that makes outliers of more than a tenth of the frames, the values have another shape: a standard deviation is
+    then what makes a tenth of a normal distribution lie as far out as the outermost tenth does.
+    """
     known = values[np.isfinite(values)]
     if len(known) < 10:
         return np.zeros_like(values)
     middle = np.median(known)
-    width = max(1.4826 * float(np.median(np.abs(known - middle))), least)
+    away = np.abs(known - middle)
+    width = max(1.4826 * float(np.median(away)), least)
+    if np.mean(away > SIGMAS * width) > _MOST_OUTLIERS:
+        width = max(float(np.quantile(away, 1.0 - _MOST_OUTLIERS)) / 1.645, least)
     return np.where(np.isfinite(values), (values - middle) / width, 0.0)

@@ -36,10 +36,10 @@ from equimd.frames.arrays import (
     META_FILE,
     NOT_FOR_WANT_OF_FILES,
     FrameArrays,
-    Packer,
-    is_isolated_atom,
     open_arrays,
 )
+from equimd.frames.electrons import is_isolated_atom
+from equimd.frames.packing import Packer
 from equimd.frames.reading import format_suffix
 from equimd.frames.tables import lmdb_shards
 from equimd.kernels.compiled import cache_folder
@@ -222,7 +222,7 @@ def _read(request: Request, key: str, make_folder: Callable[[], Path], progress:
     if request.n_frames is not None:
         counts = [_count(file) for file in files]
         chosen = subset(sum(map(int, counts)), request.n_frames, request.seed)  # type: ignore[arg-type]
-    with Packer(request.cutoff, make_folder) as packer, _progress(request, files, progress) as seen:
+    with Packer(request.cutoff, make_folder, keys=request.keys) as packer, _progress(request, files, progress) as seen:
         first = 0
         for path, file, count in zip(request.paths, files, counts, strict=True):
             wanted = None

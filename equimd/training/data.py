@@ -11,7 +11,8 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from equimd.errors import InputError
-from equimd.frames.arrays import FrameArrays, Packer
+from equimd.frames.arrays import FrameArrays
+from equimd.frames.packing import Packer
 from equimd.graph import AtomGraph
 from equimd.training.sections import BatchSection
 

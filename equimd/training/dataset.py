@@ -6,15 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 
 from equimd.errors import InputError
 from equimd.frames import LabelKeys, UnitSpec
 from equimd.frames.arrays import FrameArrays
+from equimd.frames.compositions import composition_counts
+from equimd.frames.electrons import check_set
 from equimd.frames.fingerprints import duplicates_between
 from equimd.results import Block
 from equimd.training.cache import Request, file_sha256, frame_arrays, remembered
 from equimd.training.data import FrameSet, check_frame_set, first_with
+from equimd.training.levels import check_level
 from equimd.training.recipe import Recipe
 from equimd.training.statistics import IsolatedAtomEnergies, Statistics, isolated_atom_energies, statistics
 
@@ -46,6 +51,21 @@ class Dataset:
             "isolated_atom_energies_from": {chemical_symbols[z]: origin for z, origin in self.atoms.origin.items()},
         }
 
+    def start(self) -> Atoms:
+        """The training frame of the lowest energy beyond the fit, per atom; the first one if there are no energies."""
+        arrays = self.train.arrays
+        energies = np.array([self.atoms.energies[z] + self.statistics.shift[z] for z in self.train.species])
+        beyond = np.concatenate(
+            [
+                (arrays["energy"][frames] - composition_counts(arrays, frames, atoms) @ energies)
+                / arrays["n_atoms"][frames]
+                for frames, atoms, _ in arrays.chunks()
+            ]
+        )
+        beyond[np.asarray(arrays["n_atoms"]) == 1] += 1e9  # only if there is nothing else
+        frame = arrays.frame(int(np.nanargmin(beyond)) if np.isfinite(beyond).any() else 0)
+        return Atoms(frame["numbers"], frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
+
     def summary(self) -> list[str]:
         """Lines for whoever starts the training."""
         sizes = ", ".join(
@@ -55,7 +75,8 @@ class Dataset:
         )
         numbers = self.statistics
         lines = [
-            f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom"
+            f"{sizes} frames; RMS force {numbers.force_rms:.4g} eV/Å, {numbers.mean_neighbors:.1f} neighbours per atom",
+            f"labels of training frames: {_labels(self.train)}; of validation frames: {_labels(self.valid)}",
         ]
         for origin, how in (
             ("least squares", "fitted by least squares"),
@@ -66,11 +87,21 @@ class Dataset:
             if chosen:
                 values = ", ".join(f"{chemical_symbols[z]} {self.atoms.energies[z]:.4f}" for z in chosen)
                 lines.append(f"isolated-atom energies {how}: {values} eV")
+        if len(alone := self.train.arrays.lone_atoms()):
+            lines.append(
+                f"{len(alone)} training frames are single atoms (first: frame {alone[0]}), learned like any other; with"
+                " config_type=IsolatedAtom their energies become the isolated-atom energies"
+            )
         if not self.atoms.determined:
             lines.append(
                 "the compositions do not tell the elements apart: of the fitted energies only sums mean something"
             )
         return lines
+
+
+def _labels(frames: FrameSet) -> str:
+    counts = frames.arrays.meta["n_labelled"].items()
+    return ", ".join(f"{label} in {'all' if n == len(frames) else f'{n:,}' if n else 'none'}" for label, n in counts)
 
 
 def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
@@ -98,6 +129,10 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         names[split] = request.name
         arrays = frame_arrays(request, progress)
         _check_plausible(recipe, arrays, paths)
+        _check_electrons(recipe, split, arrays)
+        _check_keys(recipe, split, arrays)
+        for file, message in arrays.meta["unclaimed"]:
+            warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
         sets[split] = FrameSet.from_arrays(arrays)
     for split, frames in sets.items():
         check_frame_set(frames, table, names[split])
@@ -105,12 +140,15 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
     atoms = isolated_atom_energies(sets["train"].arrays, table, recipe.isolated_atom_energies_of_parent())
     _check_labels(recipe, sets["train"], sets["valid"])
     _check_duplicates(recipe, sets)
+    numbers = statistics(sets["train"].arrays, atoms.energies)
+    if recipe.loss.largest("energy") > 0:
+        check_level(atoms, numbers)
     return Dataset(
         train=sets["train"],
         valid=sets["valid"],
         test=sets.get("test"),
         atoms=atoms,
-        statistics=statistics(sets["train"].arrays, atoms.energies),
+        statistics=numbers,
         sha256=sha256,
     )
 
@@ -128,6 +166,38 @@ def _check_plausible(recipe: Recipe, arrays: FrameArrays, paths: tuple[Path, ...
         if recipe.data.units is None:
             raise InputError(f"{paths[file]}: {message}; state data.units in the recipe, also where they are eV and Å")
         warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
+
+
+def _check_electrons(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    section = recipe.data
+    check_set(
+        arrays.meta["electrons"],
+        section.charge,
+        section.multiplicity,
+        lambda index: "{}, frame {}".format(*_place(recipe, split, arrays, index)),
+    )
+
+
+def _check_keys(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    """Refuse the name of a label that no training frame has; warn if another split lacks it."""
+    label = arrays.unmet_key(recipe.data.keys)
+    if label is None:
+        return
+    name, files = getattr(recipe.data.keys, label), ", ".join(recipe.data.files(split))
+    message = f"data.keys.{label} is {name!r}, which no frame of {files} has"
+    if split == "train":
+        held = [said for _, said in arrays.meta["unclaimed"]] or ["accepted is a name that frames have"]
+        raise InputError(f"{message}; {held[0]}")
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _place(recipe: Recipe, split: str, arrays: FrameArrays, index: int) -> tuple[str, int]:
+    """The file of a split, as the recipe names it, and the place in it of the frame with this index."""
+    for file, count in zip(recipe.data.files(split), arrays.meta["files"], strict=True):
+        if index < count:
+            return file, index
+        index -= count
+    raise AssertionError("an index lies within the files")
 
 
 def _check_species(split: str, frames: FrameSet, train: FrameSet) -> None:
@@ -191,12 +261,8 @@ def describe_duplicates(
     """One line: how many, and the first of them."""
 
     def name(arrays: FrameArrays, which: str, place: int) -> str:
-        files, index = recipe.data.files(which), int(arrays["index"][place])
-        for file, count in zip(files, arrays.meta["files"], strict=True):
-            if index < count:
-                return str(index) if len(files) == 1 else f"{index} of {file}"
-            index -= count
-        raise AssertionError("an index lies within the files")
+        file, index = _place(recipe, which, arrays, int(arrays["index"][place]))
+        return str(index) if len(recipe.data.files(which)) == 1 else f"{index} of {file}"
 
     kind = {"train": "training", "valid": "validation"}[known]
     shown = ", ".join(f"{name(other, split, k)} ({kind} frame {name(arrays, known, p)})" for k, p in pairs[:_N_SHOWN])

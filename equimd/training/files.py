@@ -9,19 +9,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equimd.errors import FailedError, InputError
+from equimd.frames import write_frames
 from equimd.models.checkpoint import ENSEMBLE_FILE, MODEL_FILE, load_checkpoint, save_checkpoint
 from equimd.models.potential import Potential
 from equimd.results import DISK_FULL
 from equimd.training.distributed import World
 from equimd.training.ledger import Ledger
 from equimd.training.loggers import Loggers
-from equimd.training.reporting import MetricsFile
+from equimd.training.reporting import MetricsFile, writing
 from equimd.training.result import RESULT_FILE, TrainingResult
 from equimd.training.sections import LoggingSection
 from equimd.training.setup import Setup
 from equimd.training.state import STATE_FILE, Progress, read_state, write_state
 
 LAST_FILE = "last.safetensors"
+START_FILE = "start.xyz"
 MEMBER = "member-{}"
 
 
@@ -73,6 +75,9 @@ class RunFolder:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make {self.folder}: {error.strerror}") from error
+            if not (self.folder / START_FILE).exists():
+                with writing(self.folder / START_FILE):
+                    write_frames(self.folder / START_FILE, [self.setup.start])
             header, p = self.setup.header, self.progress
             self.metrics = MetricsFile(self.folder, p.rows)
             self.loggers = Loggers(section, self.folder, header["name"], header["recipe"], p.step)

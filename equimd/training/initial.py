@@ -147,7 +147,8 @@ def _species_to_fit(section: InitSection, potential: Potential, parent: Potentia
 def residual_shifts(potential: Potential, frames: FrameSet, species: Sequence[int]) -> list[float]:
     """Energies in eV by ``species`` that, added to every atom, bring predictions closest to the labels.
 
-    Least squares over up to 1,000 frames, spread evenly; of smallest norm where the counts of atoms do not tell.
+    Least squares of energies per atom over up to 1,000 frames, spread evenly; of smallest norm if the counts of atoms
+    do not tell.
     """
     counts, residuals = [], []
     for graph in _labelled(frames, _MOST_FRAMES):
@@ -157,6 +158,8 @@ def residual_shifts(potential: Potential, frames: FrameSet, species: Sequence[in
     if not counts:
         return [0.0] * len(species)
     a, b = torch.cat(counts).double().numpy(), torch.cat(residuals).numpy()
+    n_atoms = np.maximum(a.sum(axis=1), 1.0)
+    a, b = a / n_atoms[:, None], b / n_atoms
     return np.linalg.lstsq(a, b, rcond=1e-8)[0].tolist()
 
 

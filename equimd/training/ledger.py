@@ -1,4 +1,4 @@
-"""What a training costs: wall-clock hours, device-hours, frames per second, over all of its sessions."""
+"""What a training costs: hours of the clock, of devices and of CPUs, frames per second, over all of its sessions."""
 
 import time
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 
 from equimd.training.distributed import World
 from equimd.training.setup import device_name
+from equimd.training.sharing import Sharing, cpu_hours
 from equimd.training.state import Progress
 
 
@@ -14,7 +15,8 @@ class Ledger:
     """The clock of a session on top of what ``progress`` remembers of those before.
 
     ``hours`` is the time that decisions are made by: that of process 0 when ``agree`` was last called, so that all
-    processes decide alike.
+    processes decide alike; ``cpu_hours``, of all processes, is as of then too, None for a run of a version that did
+    not count them.
     """
 
     def __init__(self, progress: Progress, world: World) -> None:
@@ -23,6 +25,9 @@ class Ledger:
         self.started = time.monotonic()
         self.hours = progress.hours
         self._steps = (0.0, 0)
+        self.sharing = Sharing(world.device.type == "cpu")
+        self._cpu_at_start, self._cpu = cpu_hours(), 0.0
+        self._cpu_before = progress.cpu_hours if progress.hours > 0 else 0.0
 
     def agree(self, counts: torch.Tensor) -> torch.Tensor:
         """Sums of ``counts`` (n,) over processes; on the way, the time is agreed on, and whether to stop.
@@ -31,9 +36,9 @@ class Ledger:
             StoppedError: on all processes, where a signal asks any of them to stop.
         """
         world = self.world
-        time_and_signals = counts.new_tensor([self.now() if world.is_first else 0.0, float(world.signal is not None)])
-        *sums, hours, signals = world.sum(torch.cat([counts, time_and_signals])).tolist()
-        self.hours = hours
+        own = [self.now() if world.is_first else 0.0, cpu_hours() - self._cpu_at_start, float(world.signal is not None)]
+        *sums, self.hours, self._cpu, signals = world.sum(torch.cat([counts, counts.new_tensor(own)])).tolist()
+        self.sharing.look(self.hours - self.hours_before)
         if signals:
             world.signal = world.signal or "a signal to another process"
             raise world.same_everywhere(world.stopped(self.progress.step))
@@ -47,6 +52,20 @@ class Ledger:
     def device_hours(self) -> float:
         """Wall-clock hours times devices, as of now."""
         return self.device_hours_before + (self.now() - self.hours_before) * self.world.size
+
+    @property
+    def cpu_hours(self) -> float | None:
+        """CPU time of all processes, over all sessions."""
+        return None if self._cpu_before is None else self._cpu_before + self._cpu
+
+    def other_work(self) -> str | None:
+        """What tells that the machine does other work, in this session; None if nothing does."""
+        return self.sharing.verdict((self.hours - self.hours_before) * self.world.size, self._cpu)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the machine did other work, in any session."""
+        return self.progress.shared or self.other_work() is not None
 
     def stepped(self, seconds: float, frames: int) -> None:
         """Count a step."""
@@ -66,7 +85,8 @@ class Ledger:
 
     def note(self) -> None:
         """Put the hours where they are saved."""
-        self.progress.device_hours, self.progress.hours = self.device_hours, self.now()
+        p = self.progress
+        p.device_hours, p.hours, p.cpu_hours, p.shared = self.device_hours, self.now(), self.cpu_hours, self.shared
 
     def entry(self) -> dict[str, Any]:
         """What the header of a checkpoint says of the cost so far."""
@@ -77,6 +97,8 @@ class Ledger:
             "n_threads": torch.get_num_threads(),
             "hours": self.now(),
             "device_hours": self.device_hours,
+            "cpu_hours": self.cpu_hours,
+            "shared": self.shared,
             "sessions": p.sessions,
             "steps": p.step,
             "epochs": p.epoch,

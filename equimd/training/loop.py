@@ -26,6 +26,7 @@ from equimd.training.result import SymmetrySummary, TrainingResult
 from equimd.training.schedule import after_validation, learning_rate_factor, set_learning_rate
 from equimd.training.setup import Setup, device_name, prepare, threads
 from equimd.training.sharding import passes
+from equimd.training.state import keep_former_defaults
 from equimd.training.validation import evaluate, validate_symmetry
 
 _PRECISION_FRAMES = 16
@@ -47,7 +48,9 @@ def train(
     model.safetensors (the best average of the weights), last.safetensors, metrics.csv (a row per validation),
     state.safetensors (for a resume), result.json. With ``resume`` a training that was stopped at any moment continues
     from its last state; on the CPU, without max_minutes and with the same n_threads, every tensor is then equal bit
-    for bit to that of a training that was never stopped. The ledger of device-hours counts what led to the state.
+    for bit to that of a training that was never stopped. With max_minutes the clock of all sessions counts on, so that
+    the schedule goes on where it was, but how many steps fit into the rest depends on the machine. The ledger of
+    device-hours counts what led to the state.
     Processes that torchrun or srun started train together (``world``: they are joined already), on the batches that
     one process would take; a resume may have another number of them.
 
@@ -62,6 +65,7 @@ def train(
         with world.together():
             recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
             folder = Path("runs") / recipe.name if run_dir is None else Path(run_dir)
+            recipe = keep_former_defaults(recipe, folder) if resume else recipe
             device = world.use_device(recipe.device)
             if world.is_first:
                 check_folder(folder, resume)
@@ -87,6 +91,7 @@ class _Training:
         self.batches = Batches(recipe, setup.train, world)
         self.files = RunFolder(folder, setup, world, self.objective.modules, self.optimizers)
         self.progress, self.ledger = self.files.progress, self.files.ledger
+        self.told = False  # that the machine does other work
 
     def run(self) -> TrainingResult:
         """Epochs until the recipe's end, then the test; what can be continued leaves its state behind."""
@@ -103,7 +108,7 @@ class _Training:
                 epoch = self.batches.epoch(p.epoch)
                 while p.batch < len(epoch.batches) and self.why_stop(epoch) is None:
                     self.step(epoch)
-                    self.reporter.advance(self.fraction(epoch))
+                    self.reporter.advance(self.fraction(epoch), self.status)
                     if state_is_due(recipe.checkpoint, p.step, self.ledger.hours - self.files.saved_at):
                         self.files.save()
                 # The state may be that of this very place, so what follows depends on the counters only.
@@ -177,6 +182,9 @@ class _Training:
             raise
         p.sums, p.n_sums = [0.0] * 5, [0] * 5
         self.reporter.validated(fraction, row)
+        if (told := self.ledger.other_work()) is not None and not self.told:
+            self.told = True
+            self.reporter.say(f"the machine does other work: {told}; hours are an upper bound, frames/s a lower one")
 
     def finish(self) -> TrainingResult:
         """Save everything, test the best weights, write result.json."""
@@ -206,12 +214,20 @@ class _Training:
             precision=precision,
             hours=self.ledger.now(),
             device_hours=self.ledger.device_hours,
+            cpu_hours=self.ledger.cpu_hours,
+            shared=self.ledger.shared,
             frames_per_s=self.ledger.frames_per_s(),
             sessions=p.sessions,
             versions=provenance().versions,
         )
         self.files.write_result(best, result)
         return result
+
+    def status(self) -> str:
+        """Where the training is, between validations."""
+        p, speed = self.progress, self.ledger.frames_per_s()
+        loss = f"loss {p.sums[0] / p.n_sums[0]:.4g}" if p.n_sums[0] else "no loss yet"
+        return f"step {p.step} epoch {p.epoch}: {loss}" + (f", {speed:.3g} frames/s" if speed else "")
 
     def fraction(self, epoch: Epoch) -> float:
         """How much of the training is done, 0 to 1."""

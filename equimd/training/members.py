@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,12 +14,14 @@ from equimd.models.ensemble import EnsemblePotential
 from equimd.models.header import seal
 from equimd.results import Number, Result, provenance, write_text_atomically
 from equimd.training.distributed import World
-from equimd.training.files import MEMBER, check_folder, explaining_a_full_disk
+from equimd.training.files import MEMBER, START_FILE, check_folder, explaining_a_full_disk
 from equimd.training.loop import train
 from equimd.training.recipe import Recipe
 from equimd.training.result import TrainingResult
 from equimd.training.setup import prepare
 from equimd.training.validation import Errors, evaluate, graph_batches
+
+MOST_MEMBERS = 100
 
 
 class EnsembleResult(Result):
@@ -39,6 +42,8 @@ class EnsembleResult(Result):
     spread_rms: float
     correlation: Number
     device_hours: float
+    cpu_hours: float | None = None
+    shared: bool | None = None
     versions: dict[str, str]
 
 
@@ -63,8 +68,8 @@ def train_members(
     world = world or World()
     folder = Path(folder)
     with world.together():
-        if n_members < 2:
-            raise InputError(f"--members is {n_members}; accepted is 2 or more, which have a spread")
+        if not 2 <= n_members <= MOST_MEMBERS:
+            raise InputError(f"--members is {n_members}; accepted are 2 to {MOST_MEMBERS}, which have a spread")
         if bagging and recipe.data.n_train is None:
             raise InputError("--bagging needs data.n_train, the number of frames that each member draws; it is not set")
         if world.is_first:
@@ -76,6 +81,7 @@ def train_members(
     result = _evaluate(recipe, folder, results, bagging, world)
     with world.together(), explaining_a_full_disk():
         if world.is_first:
+            shutil.copyfile(folder / MEMBER.format(1) / START_FILE, folder / START_FILE)
             sealed = seal(json.loads(result.to_json()), "sha256")
             write_text_atomically(folder / ENSEMBLE_FILE, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -106,6 +112,7 @@ def _evaluate(
             error = ensemble(graph).forces.to(torch.float64) - graph.forces
             sums += _moments(ensemble.spread(graph).forces.to(torch.float64), error)
     *moments, squares, n_components = world.sum(sums).tolist()
+    cpu = [result.cpu_hours for result in results]
     return EnsembleResult(
         name=recipe.name,
         members=names,
@@ -117,6 +124,8 @@ def _evaluate(
         spread_rms=math.sqrt(squares / n_components),
         correlation=_correlation(*moments),
         device_hours=sum(result.device_hours for result in results),
+        cpu_hours=None if None in cpu else sum(map(float, filter(None, cpu))),
+        shared=any(result.shared for result in results),
         versions=provenance().versions,
     )
 

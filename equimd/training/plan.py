@@ -6,11 +6,14 @@ from equimd.training.state import Progress
 
 
 def fraction_done(recipe: Recipe, p: Progress, hours: float, n_batches: int) -> float:
-    """How much of the training is done, 0 to 1; drives the schedule. ``n_batches`` are those of the present epoch."""
+    """How much of the training is done, 0 to 1; drives the schedule. ``n_batches`` are those of the present epoch.
+
+    It is the larger one of the parts of its length and of its budget of time; either may be all that a recipe has.
+    """
+    done = 0.0
     if recipe.steps is not None:
         done = p.step / recipe.steps
-    else:
-        assert recipe.epochs is not None
+    elif recipe.epochs is not None:
         done = (p.epoch + p.batch / n_batches) / recipe.epochs
     if recipe.max_minutes is not None:
         done = max(done, hours * 60.0 / recipe.max_minutes)

@@ -17,6 +17,7 @@ from equimd.models.auxiliary import lacking
 from equimd.models.checkpoint import MODEL_FILE, ModelSettings, find_potential, read_header
 from equimd.models.transformer import TransformerSettings
 from equimd.training.sections import (
+    MANY,
     AugmentationSection,
     BatchSection,
     CheckpointSection,
@@ -34,12 +35,14 @@ from equimd.training.sections import (
     ValidationSection,
 )
 
+_MOST_BYTES = 1 << 22
+
 
 class Recipe(Section):
     """A training; see the classes of its sections."""
 
     name: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelSettings
     data: DataSection
     init_from: InitSection | None = Field(None, description="a checkpoint; its name is enough")
@@ -51,8 +54,8 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     ema: EMASection = EMASection()
     batch: BatchSection = BatchSection(n_frames=16)
-    epochs: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1, le=MANY, description="the length; or steps, or max_minutes alone")
+    steps: int | None = Field(default=None, ge=1, le=MANY)
     max_minutes: float | None = Field(
         None, gt=0, description="budget: the schedule ends when it is spent (then no two runs are equal bit for bit)"
     )
@@ -65,7 +68,9 @@ class Recipe(Section):
         default="float32", description="of matrix products in training steps; see precision.py"
     )
     device: str = Field(default="auto", description="of several processes, each takes a GPU of its own")
-    n_threads: int | None = Field(default=None, ge=1, description="of each process; None leaves torch's setting")
+    n_threads: int | None = Field(
+        default=None, ge=1, le=1024, description="of each process; None leaves torch's setting"
+    )
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
@@ -76,8 +81,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _length(self) -> "Recipe":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs is {self.epochs} and steps is {self.steps}; one of them is accepted")
+        if self.epochs is None and self.steps is None and self.max_minutes is None:
+            raise ValueError("nothing says how long it is; accepted are epochs, steps or max_minutes")
         if self.early_stopping and self.schedule.kind == "plateau":
             patience, wait = self.early_stopping.patience, self.schedule.patience
             if patience <= wait:
@@ -128,7 +135,7 @@ class Recipe(Section):
         if isinstance(table, str):
             path = self.path(table)
             try:
-                table = json.loads(path.read_text(encoding="utf-8"))["isolated_atom_energies"]
+                table = json.loads(_read(path))["isolated_atom_energies"]
                 table = {str(symbol): float(energy) for symbol, energy in table.items()}
             except OSError as error:
                 raise InputError(f"data.isolated_atom_energies: cannot read {path}: {error.strerror}") from error
@@ -195,7 +202,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(_read(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(f"cannot read the recipe {path}: {reason}") from error
@@ -206,6 +213,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     return make_recipe(values, path.parent, str(path))
+
+
+def _read(path: Path) -> str:
+    """The text of a small file; a device that never ends is refused.
+
+    Raises:
+        InputError: if it is longer than any recipe.
+        OSError, UnicodeDecodeError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"{path} has more than {_MOST_BYTES >> 20} MiB; accepted is a text that a person writes")
+    return content.decode("utf-8")
 
 
 def _override(values: dict[str, Any], override: str) -> None:

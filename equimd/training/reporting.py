@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ from equimd.training.state import Progress
 from equimd.training.validation import Errors
 
 METRICS_FILE = "metrics.csv"
+FIRST_QUIET, MOST_QUIET = 30.0, 600.0
+"""Seconds without a line, in a log."""
 COLUMNS = (
     "step",
     "epoch",
@@ -36,6 +38,8 @@ COLUMNS = (
     "valid_energy_rmse_meV_per_atom",
     "valid_force_mae_meV_per_A",
     "valid_force_rmse_meV_per_A",
+    "valid_stress_mae_meV_per_A3",
+    "valid_stress_rmse_meV_per_A3",
     "l_mean",
     "l_equiv",
     "percent_of_loss",
@@ -45,23 +49,23 @@ COLUMNS = (
 
 
 class MetricsFile:
-    """``metrics.csv``: one row per validation; truncated to ``rows`` when a training is resumed."""
+    """``metrics.csv``: one row per validation; truncated to ``rows`` when a training is resumed, its columns kept."""
 
     def __init__(self, folder: Path, rows: int) -> None:
-        self.path = folder / METRICS_FILE
+        self.path, self.columns = folder / METRICS_FILE, list(COLUMNS)
         kept = _line(COLUMNS)
         if rows:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
             if len(lines) < rows + 1:
                 raise InputError(f"cannot resume: {self.path} has fewer than the {rows} rows that were written")
-            kept = "".join(lines[: rows + 1])
-        with _writing(self.path):
+            kept, self.columns = "".join(lines[: rows + 1]), lines[0].strip().split(",")
+        with writing(self.path):
             write_text_atomically(self.path, kept)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; numbers with seven significant digits, empty where there is none."""
-        with _writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line([_text(row.get(column)) for column in COLUMNS]))
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line([_text(row.get(column)) for column in self.columns]))
             file.flush()
             os.fsync(file.fileno())
 
@@ -79,7 +83,7 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """A full disk stays an OSError, which names the file; everything else is bad input."""
     try:
         yield
@@ -109,6 +113,8 @@ def metrics_row(
         "valid_energy_rmse_meV_per_atom": _milli(errors.energy_per_atom_rmse),
         "valid_force_mae_meV_per_A": _milli(errors.force_mae),
         "valid_force_rmse_meV_per_A": _milli(errors.force_rmse),
+        "valid_stress_mae_meV_per_A3": _milli(errors.stress_mae),
+        "valid_stress_rmse_meV_per_A3": _milli(errors.stress_rmse),
         "device_hours": ledger.device_hours,
         "frames_per_s": ledger.recent_frames_per_s(),
         **({} if symmetry is None else symmetry._asdict()),
@@ -136,12 +142,17 @@ def describe(recipe: Recipe, setup: Setup, world: World, step: int) -> str:
 
 
 class Reporter:
-    """A progress bar with the time left on a terminal, a line per validation elsewhere; silent when not wanted."""
+    """A progress bar with the time left on a terminal, lines elsewhere; silent when not wanted.
+
+    Lines are those of validations and, where these are far apart, one between them: half a minute after the first step,
+    then after twice as long each time, up to ten minutes.
+    """
 
     def __init__(self, name: str, wanted: bool) -> None:
         self.name, self.wanted = name, wanted
         self.bar: Any = None
         self._next = 0.0
+        self._quiet, self._spoke = FIRST_QUIET, 0.0
         self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> "Reporter":
@@ -167,14 +178,25 @@ class Reporter:
         if self.bar is not None:
             self.bar.stop()
 
-    def advance(self, fraction: float) -> None:
-        """Move the bar, at most five times a second."""
-        if self.bar is not None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.2
-            self.bar.update(self.bar.task_ids[0], completed=fraction)
+    def advance(self, fraction: float, status: Callable[[], str]) -> None:
+        """Move the bar, at most five times a second; without one, say the ``status`` after a long silence."""
+        if not self.wanted:
+            return
+        now = time.monotonic()
+        if self.bar is not None:
+            if now >= self._next:
+                self._next = now + 0.2
+                self.bar.update(self.bar.task_ids[0], completed=fraction)
+            return
+        if self._first is None:
+            self._first, self._spoke = (fraction, now), now
+        if now - self._spoke >= self._quiet:
+            self._quiet = min(2.0 * self._quiet, MOST_QUIET)
+            self.say(f"{100 * fraction:.3g} % {status()} {self._time_left(fraction)}".rstrip())
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        self._spoke = time.monotonic()
         if self.bar is not None:
             self.bar.console.print(f"{self.name}: {text}", highlight=False, markup=False)
         elif self.wanted:
@@ -189,7 +211,9 @@ class Reporter:
             for label, column, unit in (
                 ("F MAE", "valid_force_mae_meV_per_A", " meV/Å"),
                 ("E MAE", "valid_energy_mae_meV_per_atom", " meV/atom"),
+                ("stress MAE", "valid_stress_mae_meV_per_A3", " meV/Å³"),
                 ("symmetry", "percent_of_loss", " % of loss"),
+                ("speed", "frames_per_s", " frames/s"),
             )
             if row.get(column) is not None and not math.isnan(row[column])
         ]

@@ -29,7 +29,8 @@ class TrainingResult(Result):
 
     muon_learning_rate is that of hidden matrices, where it is another. batch is over all devices, frames_per_s the
     training throughput of all of them over the whole run (a rotated copy counts as a frame), hours those of the clock,
-    and device_hours these times the devices, summed over sessions.
+    device_hours these times the devices, cpu_hours the CPU time of all processes, summed over sessions. shared says
+    that the machine did other work: hours are then an upper bound, frames_per_s a lower one.
     """
 
     name: str
@@ -46,6 +47,8 @@ class TrainingResult(Result):
     n_devices: int
     hours: float
     device_hours: float
+    cpu_hours: float | None = None
+    shared: bool | None = None
     frames_per_s: float | None
     sessions: int
     valid: Errors

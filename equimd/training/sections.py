@@ -26,6 +26,12 @@ Files = str | Annotated[list[str], Field(min_length=1)]
 """One file or folder of labelled frames, or several, one after another."""
 
 
+MANY = 10**9
+"""More steps, frames or edges than any training has: larger numbers are typos, and overflow."""
+ADAMW_LR = 2e-3
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class UnitsSection(Section):
     """Units of the files; forces are in energy/length unless they have others."""
 
@@ -53,8 +59,12 @@ class DataSection(Section):
     train: Files
     valid: Files
     test: Files | None = None
-    n_train: int | None = Field(default=None, ge=1, description="take this many training frames, drawn with the seed")
-    seed: int | None = Field(default=None, ge=0, description="of the draw of n_train; None takes the recipe's")
+    n_train: int | None = Field(
+        default=None, ge=1, le=MANY, description="take this many training frames, drawn with the seed"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="of the draw of n_train; None takes the recipe's"
+    )
     isolated_atom_energies: dict[str, float] | str | None = Field(
         default=None,
         description="eV by chemical symbol, or the path of a JSON file with such a table under this name; None takes"
@@ -69,8 +79,8 @@ class DataSection(Section):
     )
     keys: KeysSection | None = None
     reference: str | None = Field(default=None, description="level of theory of the labels")
-    charge: int = 0
-    multiplicity: int = Field(default=1, ge=1)
+    charge: int = Field(default=0, ge=-1000, le=1000, description="of every frame, in e")
+    multiplicity: int = Field(default=1, ge=1, le=1000, description="2S + 1 of every frame")
 
     def files(self, split: str) -> list[str]:
         """The files of train, valid or test."""
@@ -107,7 +117,10 @@ class LossStage(Section):
 class LossSection(LossWeights):
     """The loss; see loss.py. Its own weights are those of the beginning, ``stages`` and ``last`` change them."""
 
-    kind: Literal["mse", "huber", "mae"] = "mse"
+    kind: Literal["mse", "huber", "mae"] = Field(
+        default="mae",
+        description="mae: what shipped potentials are trained with, as frames with large forces lead squares",
+    )
     huber_delta: float = Field(default=0.01, gt=0, description="in the units of the error")
     energy_per_atom: bool | Literal["sqrt"] = Field(
         default=True, description="what divides the error of an energy: N (true), 1 (false) or √N"
@@ -155,24 +168,30 @@ class AugmentationSection(Section):
 
     rotate: bool | Literal["auto"] = Field(default="auto", description="auto: on for the transformer")
     inversion: bool = Field(default=True, description="improper rotations as well: O(3) instead of SO(3)")
-    copies: int = Field(default=1, ge=1, description="differently rotated copies of a frame in its batch")
+    copies: int = Field(default=1, ge=1, le=1000, description="differently rotated copies of a frame in its batch")
 
 
 class OptimizerSection(Section):
-    """The optimiser."""
+    """The optimiser.
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=2e-3, gt=0)
-    muon_lr: float | None = Field(default=None, gt=0, description="for matrices under Muon; None takes lr")
+    Muon is the default of both families: at equal steps AdamW leaves two to three times the error (docs/ablation.md).
+    The learning rate is what the smaller shipped networks take; that of AdamW is 2e-3 unless it is given.
+    """
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = Field(default=8e-3, gt=0, le=10, description="2e-3 for adamw if none is given")
+    muon_lr: float | None = Field(default=None, gt=0, le=10, description="for matrices under Muon; None takes lr")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     muon_split: bool = Field(default=True, description="orthogonalise queries, keys, gates, paths each by themselves")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices; neither of biases nor of embeddings")
     gradient_clip: float | None = Field(default=10.0, gt=0, description="largest norm of the gradient")
 
     @model_validator(mode="after")
     def _of_its_name(self) -> "OptimizerSection":
         _refuse_settings_of_others(self, "name", dict.fromkeys(("muon_lr", "muon_momentum", "muon_split"), "muon"))
+        if self.name == "adamw" and "lr" not in self.model_fields_set:
+            object.__setattr__(self, "lr", ADAMW_LR)
         return self
 
 
@@ -180,11 +199,13 @@ class ScheduleSection(Section):
     """The learning rate: linear warm-up, then as ``kind`` says; see schedule.py."""
 
     kind: Literal["cosine", "linear", "constant", "wsd", "plateau"] = "cosine"
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, le=MANY)
     final: float = Field(default=0.01, ge=0, le=1, description="of lr: at the end, or at the least for plateau")
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd: the last part, in which lr decays")
     factor: float = Field(default=0.5, gt=0, lt=1, description="plateau: what lr is multiplied with")
-    patience: int = Field(default=5, ge=1, description="plateau: validations without a better metric before that")
+    patience: int = Field(
+        default=5, ge=1, le=MANY, description="plateau: validations without a better metric before that"
+    )
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> "ScheduleSection":
@@ -240,10 +261,13 @@ class InitSection(Section):
 class BatchSection(Section):
     """Size of a batch: by frames, by edges, or both; over all processes, however many there are."""
 
-    n_frames: int | None = Field(default=None, ge=1)
-    max_edges: int | None = Field(default=None, ge=1)
+    n_frames: int | None = Field(default=None, ge=1, le=MANY)
+    max_edges: int | None = Field(default=None, ge=1, le=MANY)
     max_edges_per_pass: int | None = Field(
-        default=None, ge=1, description="most edges of a process in memory at once; gradients of such passes are added"
+        default=None,
+        ge=1,
+        le=MANY,
+        description="most edges of a process in memory at once; gradients of such passes are added",
     )
 
     @model_validator(mode="after")
@@ -256,30 +280,34 @@ class BatchSection(Section):
 class ValidationSection(Section):
     """When and how the average of the weights is validated."""
 
-    every: int = Field(default=1, ge=1, description="epochs between validations")
+    every: int = Field(default=1, ge=1, le=MANY, description="epochs between validations")
     metric: Literal["force_mae", "force_rmse", "energy_mae", "energy_rmse"] = "force_mae"
-    symmetry_frames: int = Field(default=16, ge=0, description="frames for L_mean and L_equiv; 0 leaves them out")
-    n_rotations: int = Field(default=8, ge=2, description="random rotations of each, the same at every validation")
+    symmetry_frames: int = Field(
+        default=16, ge=0, le=MANY, description="frames for L_mean and L_equiv; 0 leaves them out"
+    )
+    n_rotations: int = Field(
+        default=8, ge=2, le=10_000, description="random rotations of each, the same at every validation"
+    )
     degree: int | None = Field(
-        default=None, ge=1, description="a quadrature of this degree instead of random rotations"
+        default=None, ge=1, le=32, description="a quadrature of this degree instead of random rotations"
     )
     inversion: bool = True
     max_edges: int = Field(
-        default=12_000, ge=1, description="edges in memory at once, of the record of the symmetry too"
+        default=12_000, ge=1, le=MANY, description="edges in memory at once, of the record of the symmetry too"
     )
 
 
 class EarlyStoppingSection(Section):
     """Stop when the metric has not improved for this many validations."""
 
-    patience: int = Field(ge=1)
+    patience: int = Field(ge=1, le=MANY)
 
 
 class CheckpointSection(Section):
     """How often the state for a resume is written; at the end it always is."""
 
     minutes: float | None = Field(default=2.0, gt=0)
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MANY)
 
 
 class WandbSection(Section):

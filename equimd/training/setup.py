@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ase import Atoms
 from ase.data import chemical_symbols
 
 from equimd.models.potential import Potential
@@ -23,11 +24,15 @@ from equimd.training.schedule import EXTENDABLE
 
 @dataclass
 class Setup:
-    """What a training works with; ``average`` holds the averaged weights and starts equal to ``potential``."""
+    """What a training works with; ``average`` holds the averaged weights and starts equal to ``potential``.
+
+    ``start`` is a training frame without labels, for MD runs to begin with.
+    """
 
     train: FrameSet
     valid: FrameSet
     test: FrameSet | None
+    start: Atoms
     potential: Potential
     average: Potential
     stress: bool
@@ -64,6 +69,7 @@ def prepare(recipe: Recipe, device: torch.device, progress: bool = False) -> Set
         train=train.to(device),
         valid=data.valid.to(device),
         test=None if data.test is None else data.test.to(device),
+        start=data.start(),
         potential=potential,
         average=copy.deepcopy(potential),
         stress=train.has("stress"),

@@ -11,8 +11,11 @@ from torch.optim import Optimizer
 from equimd.errors import InputError
 from equimd.models.container import read_tensors, write_tensors
 from equimd.training.precision import PrecisionError
+from equimd.training.recipe import Recipe
 
 STATE_FILE = "state.safetensors"
+FORMER_DEFAULTS: dict[str, dict[str, Any]] = {"loss": {"kind": "mse"}, "optimizer": {"name": "adamw", "lr": 2e-3}}
+"""What recipes of version 0.1.0 and before meant by saying nothing, where it is something else now."""
 FORMAT = "equimd-training-state"
 
 
@@ -22,8 +25,9 @@ class Progress(BaseModel):
     step counts optimiser steps done; the next batch is number ``batch`` of ``epoch``. The sums are of the loss terms
     since the last validation, each over ``n_sums`` steps that had labels for it. best is the metric of the best
     validation, ``stale`` the validations since, ``waited`` those since the learning rate was ``reduced``; rows are
-    those of metrics.csv. hours are of the clock, device_hours those times the number of processes; train_seconds are
-    spent in steps, on frames_seen.
+    those of metrics.csv. hours are of the clock, device_hours those times the number of processes, cpu_hours the time
+    of CPUs, None if it was not counted; shared says that the machine did other work; train_seconds are spent in steps,
+    on frames_seen.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +46,8 @@ class Progress(BaseModel):
     waited: int = 0
     hours: float = 0.0
     device_hours: float = 0.0
+    cpu_hours: float | None = None
+    shared: bool = False
     train_seconds: float = 0.0
     sessions: int = 0
     rows: int = 0
@@ -52,6 +58,21 @@ class Progress(BaseModel):
         """Take the values of another."""
         for name in type(self).model_fields:
             setattr(self, name, getattr(other, name))
+
+
+def keep_former_defaults(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe for a resume: where it is silent, the former default that the run in ``folder`` began with, if any."""
+    path = folder / STATE_FILE
+    if not path.exists():
+        return recipe
+    before = read_tensors(path, FORMAT)[0].get("identity", {}).get("recipe", {})
+    changes = {}
+    for name, former in FORMER_DEFAULTS.items():
+        section, stored = getattr(recipe, name), before.get(name, {})
+        silent = former.keys() - section.model_fields_set
+        kept = {key: former[key] for key in silent if stored.get(key) == former[key]}
+        changes[name] = section.model_copy(update=kept)
+    return recipe.model_copy(update=changes)
 
 
 def write_state(

@@ -11,7 +11,7 @@ import numpy as np
 
 from equimd.errors import InputError
 from equimd.frames.arrays import FrameArrays
-from equimd.frames.compositions import fit_atomic_energies
+from equimd.frames.compositions import compositions, fit_atomic_energies
 from equimd.results import Block
 from equimd.training.cache import remembered
 
@@ -19,11 +19,16 @@ Origin = Literal["recipe", "isolated atoms", "parent", "least squares"]
 
 
 class Statistics(Block):
-    """Energy shifts in eV by atomic number, RMS force in eV/Å (1 without labels), mean neighbours of an atom."""
+    """Energy shifts in eV by atomic number, RMS force in eV/Å (1 without labels), mean neighbours of an atom.
+
+    energy and reference are the means over labelled frames of E and of Σ E₀, in eV per atom; None without labels.
+    """
 
     shift: dict[int, float]
     force_rms: float
     mean_neighbors: float
+    energy: float | None
+    reference: float | None
 
 
 class IsolatedAtomEnergies(Block):
@@ -86,8 +91,16 @@ def _statistics(arrays: FrameArrays, energies: Mapping[int, float]) -> Statistic
         forces = forces[~np.isnan(forces)]
         squares, components = squares + float(np.square(forces).sum()), components + forces.size
     rms = (squares / components) ** 0.5 if components else 1.0
+    counts, n_frames, left = compositions(arrays, energies)
+    means: tuple[float, float] | None = None
+    if len(counts):
+        n_atoms, reference = counts.sum(axis=1), counts @ np.array([energies[z] for z in arrays.meta["species"]])
+        per_atom = [np.average(value / n_atoms, weights=n_frames) for value in (left + reference, reference)]
+        means = float(per_atom[0]), float(per_atom[1])
     return Statistics(
         shift=fit_atomic_energies(arrays, energies, list(energies)).energies,
         force_rms=rms if rms > 0 else 1.0,
         mean_neighbors=float(arrays.edge_start[-1] / arrays.atom_start[-1]),
+        energy=means and means[0],
+        reference=means and means[1],
     )

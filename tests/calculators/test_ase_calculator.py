@@ -489,6 +489,8 @@ BAD = {
     ),
     "no cell": (Atoms("H", pbc=True), "cell vector 0 is zero"),
     "charge": (with_info(charge=-1), "total charge is -1 e; the potential was trained on 0 e"),
+    "charge under another name": (with_info(REF_Charge=-1), "total charge is -1 e (REF_Charge)"),
+    "spin under another name": (with_info(total_spin=3), "spin multiplicity is 3 (total_spin)"),
     "initial charges": (with_charges(), "total charge is 1 e"),
     "multiplicity": (with_info(multiplicity=3), "spin multiplicity is 3; the potential was trained on 1"),
     "spin": (with_info(spin=2), "spin multiplicity is 2"),
@@ -516,6 +518,15 @@ def test_bad_input_is_refused_in_one_line(atoms, says, call):
 )
 def test_neutral_singlets_are_accepted(info):
     calculator().get_forces(with_info(**info))
+
+
+def test_a_charge_that_comes_later_is_seen():
+    atoms = with_info(total_charge=0)
+    atoms.calc = calculator()
+    atoms.get_forces()
+    atoms.info["total_charge"] = 1
+    with pytest.raises(InputError, match="total charge is 1 e"):
+        atoms.get_forces()
 
 
 def test_partial_charges_and_antiparallel_moments_are_accepted():

@@ -226,6 +226,9 @@ def test_figures_of_data(labelled, refused, unchanged):
     assert ".png, .svg, .pdf" in refused("data", "inspect", labelled, "--figure", "look.gif")
     assert "no folder" in refused("data", "inspect", labelled, "--figure", "nowhere/look.png")
     assert "positive" in refused("data", "inspect", labelled, "--cutoff", 0)
+    assert "up to 30" in refused("data", "inspect", labelled, "--cutoff", 1e9)
+    assert ".: is a folder" in refused("data", "inspect", ".")
+    assert "'REF_enregy'" in refused("data", "inspect", labelled, "--key", "energy=REF_enregy")
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_numbers(labelled, run, monkeypatch):
@@ -383,3 +386,15 @@ def test_atoms_that_are_no_molecule_of_the_reference(potentials, refused):
     write_frames("two.xyz", [Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])])
     line = refused("compare", potentials["equivariant"], "--structure", "two.xyz", "--reference", "dft")
     assert "gfn2-xtb" in line
+
+
+def test_frames_of_another_charge(refused, potentials):
+    ions = [water() for _ in range(3)]
+    for atoms in ions:
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0)
+    ions[2].info["dft_total_charge"] = 1
+    write_frames("ions.xyz", ions)
+    line = refused("evaluate", potentials["equivariant"], "ions.xyz")
+    assert "ions.xyz, frame 2: total charge is 1 e (dft_total_charge)" in line
+    line = refused("evaluate", potentials["equivariant"], "ions.xyz", "--stride", 2)
+    assert "ions.xyz, frame 2: total charge is 1 e" in line

@@ -139,7 +139,8 @@ def test_data_inspect_compares_files(run, labelled):
     assert shared["frames"] == [[0, 2], [1, 0]]
     shown = run(*files, "--figure", "look.svg").stdout
     assert "other.xyz in labelled.xyz" in shown
-    assert "valid: other.xyz" in shown
+    assert "valid: ..." in shown
+    assert "left out: 2 frames of other.xyz are training frames too" in shown
     assert Path("look.svg").read_text().count("<svg") == 1
 
 

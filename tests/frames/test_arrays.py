@@ -10,9 +10,10 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
-from equimd.frames.arrays import FIELDS, FORMAT_VERSION, FRAMES_PER_CHUNK, Packer, open_arrays
+from equimd.frames.arrays import FIELDS, FORMAT_VERSION, open_arrays
 from equimd.frames.compositions import fit_atomic_energies
 from equimd.frames.fingerprints import TOLERANCE, duplicates_between, duplicates_within
+from equimd.frames.packing import FRAMES_PER_CHUNK, Packer
 from equimd.rotations import random_rotations
 
 
@@ -64,10 +65,11 @@ def test_files_hold_what_memory_holds(tmp_path):
 
 def test_chunks_of_large_frames_are_short(monkeypatch):
     from equimd.frames import arrays as module
+    from equimd.frames import packing
 
-    sizes, original = [], module.pack
-    monkeypatch.setattr(module, "pack", lambda frames, *rest: sizes.append(len(frames)) or original(frames, *rest))
-    monkeypatch.setattr(module, "ATOMS_PER_CHUNK", 18)
+    sizes, original = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda frames, *rest: sizes.append(len(frames)) or original(frames, *rest))
+    monkeypatch.setattr(packing, "ATOMS_PER_CHUNK", 18)
     arrays = packed(ethanols(5))
     assert sizes == [2, 2, 1]
     each = 9 + int(arrays["n_edges"][0])

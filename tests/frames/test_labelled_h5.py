@@ -7,6 +7,7 @@ from ase.build import molecule
 
 from equimd.errors import InputError
 from equimd.frames import LabelKeys, UnitSpec, labels_of, read_frames, read_list
+from equimd.frames.electrons import stated_electrons
 from equimd.units import BOHR, HARTREE, KCAL_PER_MOL
 
 RNG = np.random.default_rng(0)
@@ -185,3 +186,25 @@ def test_the_charge_of_a_frame_is_kept(tmp_path, shape, kept):
     for atoms in read_frames(tmp_path / "a.h5", units=UnitSpec()):
         assert atoms.info.get("Total_Charge") == (-1 if kept else None)
         assert atoms.info.get("multiplicity") == (2 if kept else None)
+
+
+@pytest.mark.parametrize("place", ["dataset", "properties", "attribute", "flat", "npz"])
+def test_charges_that_a_set_states(tmp_path, place):
+    if place == "npz":
+        path = tmp_path / "a.npz"
+        stored = {"nuclear_charges": WATER.numbers, "coords": positions(WATER, 3), "energies": np.zeros(3)}
+        np.savez(path, **stored, total_charge=np.array([0, 1, 0]), spin=1)
+    else:
+        path = tmp_path / "a.h5"
+        with h5py.File(path, "w") as file:
+            group = file if place == "flat" else file.create_group("water")
+            group["atomic_numbers"], group["positions"] = WATER.numbers, positions(WATER, 3)
+            group["energy"] = np.zeros(3)
+            inner = group.create_group("properties") if place == "properties" else group
+            if place == "attribute":
+                inner.attrs["charge"], inner.attrs["spin"] = 1, 1
+            else:
+                inner["total_charge"], inner["spin"] = np.array([0, 1, 0]), 1
+    frames = read_list(path, units=UnitSpec())
+    stated = [[one.value for one in sorted(stated_electrons(atoms))] for atoms in frames]  # by charge and spin
+    assert stated == ([[1.0, 1.0]] * 3 if place == "attribute" else [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])

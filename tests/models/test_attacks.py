@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from equimd.calculators.electrons import check_electrons
 from equimd.errors import InputError
+from equimd.frames.electrons import check_electrons
 from equimd.graph import graph_from_arrays
 from equimd.models.checkpoint import build_potential, load_potential, save_checkpoint
 from equimd.models.container import _digest, read_tensors

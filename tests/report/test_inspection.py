@@ -7,8 +7,8 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
+from equimd.frames import LabelKeys, read_frames, write_frames
 from equimd.frames import arrays as arrays_module
-from equimd.frames import read_frames, write_frames
 from equimd.report.data_figure import draw, write_figure
 from equimd.report.inspection import Comparison, Inspection, inspect_files, suggest_recipe
 from equimd.report.style import house_style
@@ -105,10 +105,11 @@ def test_splits_are_compared(tmp_path):
     assert by_place["1", "0"].frames == [(5, 4)]
     assert by_place["1", "0"].new_elements == []
     assert by_place["2", "0"].new_elements == ["Au"]
-    text = suggest_recipe(result.files, ["energy=kcal/mol"], ["forces=F", "stress_sign=-1"])
+    text = suggest_recipe(result.files, ["energy=kcal/mol"], ["forces=F", "stress_sign=-1"], result.shared)
     assert "  units: {energy: kcal/mol}\n  keys: {forces: F, stress_sign: -1}\n" in text
     assert f"train: {tmp_path / '0.xyz'}" in text
-    assert f"valid: {tmp_path / '1.xyz'}" in text
+    assert f"valid: {tmp_path / '2.xyz'}\n" in text
+    assert f"# left out: 1 frames of {tmp_path / '1.xyz'} are training frames too\n" in text
     assert "stress: 0.0" in text
 
 
@@ -147,3 +148,89 @@ def test_without_labels_the_figure_says_so(tmp_path):
     assert result.force_rms is None
     with pytest.raises(InputError, match="holds no frames"):
         inspect(tmp_path, [])
+
+
+def test_a_file_that_is_called_test_is_no_validation_set(tmp_path):
+    for name, seed in (("a", 0), ("a-test", 1), ("b", 2)):
+        write_frames(tmp_path / f"{name}.xyz", frames(20, seed))
+    files = [read_frames(tmp_path / f"{name}.xyz") for name in ("a", "a-test", "b")]
+    alone = suggest_recipe(inspect_files(files[:2], 4.0).files)
+    assert f"valid: ...  # frames of other trajectories\n  test: {tmp_path / 'a-test.xyz'}\n" in alone
+    text = suggest_recipe(inspect_files(files, 4.0).files)
+    assert f"valid: {tmp_path / 'b.xyz'}\n  test: {tmp_path / 'a-test.xyz'}\n" in text
+
+
+def test_sizes_that_differ_weigh_alike(tmp_path):
+    """Energies that are E0 of each atom and an offset of the frame's own; the large frames are off by more in all."""
+    rng = np.random.default_rng(0)
+    mixed = []
+    for size in [2] * 30 + [12] * 10:
+        atoms = bulk("Cu", cubic=True).repeat((3, 1, 1))[:size]
+        atoms.numbers[: rng.integers(1, size)] = 79
+        atoms.rattle(0.05, rng=rng)
+        energy = float(np.where(atoms.numbers == 79, -3.0, -4.0).sum()) + 0.05 * size * (-1) ** len(mixed)
+        energy += 12.0 if size == 12 else 0.0
+        atoms.calc = SinglePointCalculator(atoms, energy=energy)
+        mixed.append(atoms)
+    residual = inspect(tmp_path, mixed).energy_residual
+    per_atom = np.array([atoms.get_potential_energy() / len(atoms) for atoms in mixed])
+    shares = np.array([(atoms.numbers == 79).mean() for atoms in mixed])
+    design = np.stack([shares, 1.0 - shares], axis=1)
+    best = per_atom - design @ np.linalg.lstsq(design, per_atom, rcond=None)[0]
+    assert residual == pytest.approx(float(np.sqrt(np.mean(best**2))), rel=1e-6)
+
+
+def test_two_kinds_of_frames_are_no_outliers(tmp_path):
+    """Relaxed and disordered crystals, a quarter of them: neither outliers nor forces in Hartree/Bohr."""
+    rng = np.random.default_rng(1)
+    crystals = []
+    for k in range(80):
+        atoms = bulk("InP", "zincblende", a=5.87, cubic=True)
+        atoms.set_cell(atoms.cell.array * (1.0 + 0.02 * rng.normal()), scale_atoms=True)
+        disorder = 0.05 if k % 4 == 3 else 0.001
+        shifts = disorder * rng.normal(size=(8, 3))
+        atoms.positions += shifts
+        energy = -33.0 + 2.0 * float((shifts**2).sum()) + 0.01 * rng.normal() * (k % 4 == 3)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=-2.0 * shifts)
+        crystals.append(atoms)
+    crystals[5].calc.results["forces"][3] = 40.0
+    result = inspect(tmp_path, crystals)
+    assert [(one.frame, one.what) for one in result.outliers] == [(5, "largest force")]
+    assert result.warnings == []
+
+
+def test_charges_that_differ_and_lone_atoms_are_told(tmp_path):
+    some = frames(12)
+    for k, atoms in enumerate(some):
+        atoms.info["REF_charge"] = k % 2
+    lone = Atoms("H")
+    lone.calc = SinglePointCalculator(lone, energy=-13.0)
+    result = inspect(tmp_path, [*some, lone])
+    charges, single = result.warnings
+    assert charges.endswith(
+        f"0.xyz, frame 0 has total charge 0 e (REF_charge), {tmp_path / '0.xyz'}, frame 1 has 1 e (REF_charge); a"
+        " potential is for one of them: training refuses the set"
+    )
+    assert single.startswith("1 frames are single atoms (first: frame 12): with config_type=IsolatedAtom")
+    ions = inspect(tmp_path, some[1::2])
+    assert ions.warnings == []
+    assert "\n  charge: 1\n" in suggest_recipe([ions])
+
+
+def test_names_that_no_frame_has_and_labels_that_nobody_reads(tmp_path):
+    some = frames(12)
+    for atoms in some[2:]:
+        atoms.arrays["pbe_forces"] = atoms.calc.results.pop("forces")
+    (message,) = inspect(tmp_path, some).warnings
+    assert message.startswith("10 of 12 frames have an array 'pbe_forces'")
+    keys = LabelKeys(energy="REF_enregy")
+    file = read_frames(tmp_path / "0.xyz", keys=keys, finite=False)
+    with pytest.raises(InputError, match="0.xyz: no frame has energy under the name 'REF_enregy'"):
+        inspect_files([file], 4.0, keys=keys)
+
+
+@pytest.mark.parametrize("cutoff", [0.0, -1.0, float("nan"), float("inf"), 1e9])
+def test_a_cutoff_that_would_never_end(tmp_path, cutoff):
+    write_frames(tmp_path / "0.xyz", frames(2))
+    with pytest.raises(InputError, match=r"the cutoff is .* Å; accepted is a positive number up to 30"):
+        inspect_files([read_frames(tmp_path / "0.xyz")], cutoff)

@@ -35,7 +35,7 @@ def test_an_invariant_potential_agrees_with_rotated_labels():
     graph = labelled_graph(potential)
     rotated = rotate_graph(graph, torch.from_numpy(epoch_rotations(2, 1, 0, 0, True)[:, 0]))
     prediction = potential(rotated, stress=True)
-    section = LossSection(stress=1.0)
+    section = LossSection(stress=1.0, kind="mse")
     terms = loss_terms(prediction, rotated, section, section)
     assert graph.forces.square().mean() > 1e-3
     assert graph.stress.square().mean() > 1e-6
@@ -48,7 +48,7 @@ def test_anything_left_unrotated_is_detected(forgotten):
     graph = labelled_graph(potential)
     rotated = rotate_graph(graph, torch.from_numpy(epoch_rotations(2, 1, 0, 0, True)[:, 0]))
     rotated[forgotten] = graph[forgotten]
-    section = LossSection(stress=1.0)
+    section = LossSection(stress=1.0, kind="mse")
     assert float(loss_terms(potential(rotated, stress=True), rotated, section, section).total) > 1e-6
 
 

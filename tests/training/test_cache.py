@@ -16,7 +16,7 @@ from training_samples import E0, spring_frames
 from equimd.errors import FailedError, InputError
 from equimd.frames import Frames, read_frames, write_frames
 from equimd.frames import arrays as arrays_module
-from equimd.frames.arrays import Packer
+from equimd.frames.packing import Packer
 from equimd.training import cache
 from equimd.training.cache import Request, file_sha256, frame_arrays, graphs_folder
 from equimd.training.data import FrameSet, build_frame_set, subset
@@ -129,7 +129,7 @@ def test_an_interrupted_build_leaves_nothing_and_loses_nothing(kept, request_, t
     whole = frame_arrays(request_).folder
     write_frames(tmp_path / "b.xyz", spring_frames(300, 1))
     other = Request((tmp_path / "b.xyz",), None, None, 3.0)
-    original, calls = arrays_module._Writer.append, []
+    original, calls = arrays_module.Writer.append, []
 
     def dies(self, chunk):
         calls.append(1)
@@ -138,7 +138,7 @@ def test_an_interrupted_build_leaves_nothing_and_loses_nothing(kept, request_, t
         original(self, chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(arrays_module._Writer, "append", dies)
+        patch.setattr(arrays_module.Writer, "append", dies)
         with pytest.raises(KeyboardInterrupt):
             frame_arrays(other)
     assert [path for path in kept.iterdir() if path.is_dir()] == [whole]
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line(kept, request_, monkeypatch):
     def full(self, chunk):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(arrays_module._Writer, "append", full)
+    monkeypatch.setattr(arrays_module.Writer, "append", full)
     with pytest.raises(FailedError, match=r"cannot keep the graphs of .*a.xyz .*: No space left .* set EQUIMD_CACHE"):
         frame_arrays(request_)
     assert not [path for path in kept.iterdir() if path.is_dir()]
@@ -232,7 +232,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(tmp_path, m
 
 def test_who_starts_while_another_builds_waits_for_it(kept, request_, monkeypatch):
     # Threads stand for processes: a lock belongs to the file that was opened.
-    original, writers = arrays_module._Writer.__init__, []
+    original, writers = arrays_module.Writer.__init__, []
     both = threading.Barrier(2)
 
     def slow(self, folder):
@@ -244,7 +244,7 @@ def test_who_starts_while_another_builds_waits_for_it(kept, request_, monkeypatc
         both.wait()
         return frame_arrays(request_)
 
-    monkeypatch.setattr(arrays_module._Writer, "__init__", slow)
+    monkeypatch.setattr(arrays_module.Writer, "__init__", slow)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(start, range(2))
     assert len(writers) == 1

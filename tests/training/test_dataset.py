@@ -15,7 +15,7 @@ from equimd.models.checkpoint import load_checkpoint
 from equimd.training import cache, train
 from equimd.training.dataset import read_data
 from equimd.training.recipe import make_recipe
-from equimd.units import KCAL_PER_MOL
+from equimd.units import HARTREE, KCAL_PER_MOL
 
 
 @pytest.fixture
@@ -26,6 +26,13 @@ def read(folder, values):
         return read_data(make_recipe({**values, "data": {**values["data"], **changes}}, folder))
 
     return run
+
+
+@pytest.fixture
+def kept_small(tmp_path, monkeypatch):
+    """A cache of its own, which keeps small sets too."""
+    monkeypatch.setattr(cache, "graphs_folder", lambda: tmp_path / "cache" / "graphs")
+    monkeypatch.setattr(arrays_module, "IN_MEMORY", 0)
 
 
 def rewrite(path, change):
@@ -72,12 +79,12 @@ def test_positions_and_energies_that_are_not_finite(read, folder):
 
 def test_labels_may_be_missing_and_a_stress_known_in_part(read, folder):
     frames = spring_frames(24, 1)
-    frames[3].calc = SinglePointCalculator(frames[3], energy=-50.0)
+    frames[3].calc = SinglePointCalculator(frames[3], energy=-122.0)
     forces = frames[4].get_forces()
     frames[4].set_cell(np.eye(3) * 9.0)
     frames[4].pbc = True
     stress = np.array([0.1, np.nan, np.nan, 0.2, np.nan, 0.3])
-    frames[4].calc = SinglePointCalculator(frames[4], energy=-50.0, forces=forces, stress=stress)
+    frames[4].calc = SinglePointCalculator(frames[4], energy=-88.0, forces=forces, stress=stress)
     write_frames(folder / "train.xyz", frames)
     arrays = read().train.arrays
     assert arrays.meta["n_labelled"] == {"energy": 24, "forces": 23, "stress": 1}
@@ -167,7 +174,7 @@ def test_isolated_atom_energies_are_fitted_where_none_are_given(read, folder, va
     assert set(data.atoms.origin.values()) == {"least squares"}
     # Springs raise energies a little above the sum of the atoms'.
     assert data.atoms.energies == pytest.approx({1: E0["H"], 6: E0["C"], 8: E0["O"]}, abs=0.5)
-    assert "fitted by least squares: H -" in data.summary()[1]
+    assert "fitted by least squares: H -" in data.summary()[2]
     write_frames(folder / "train.xyz", [isolated("O", -99.0), *spring_frames(24, 1), isolated("H", -9.0)])
     data = read(isolated_atom_energies=None)
     assert len(data.train) == 24
@@ -289,3 +296,94 @@ def test_a_training_says_what_it_trains_on(folder, values, capsys):
     said = capsys.readouterr().err
     assert "tiny: 24 training, 6 validation frames; RMS force" in said
     assert "isolated-atom energies fitted by least squares" in said
+
+
+def charged(n: int, seed: int, **info) -> list[Atoms]:
+    frames = spring_frames(n, seed)
+    for atoms in frames:
+        atoms.info.update(info)
+    return frames
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_frames_whose_charge_is_not_the_recipes(read, folder, kept_small, split):
+    frames = charged(24, 1)
+    frames[7].info["dft_total_charge"] = 1
+    write_frames(folder / f"{split}.xyz", frames)
+    if split != "train":
+        write_frames(folder / "train.xyz", spring_frames(24, 9))
+    said = rf"{split}.xyz, frame 7: total charge is 1 e \(dft_total_charge\), data.charge of the recipe is 0"
+    for _ in range(2):  # read, and from the cache
+        with pytest.raises(InputError, match=said):
+            read(test="test.xyz")
+    read(test="test.xyz", charge=1)  # the same entry of the cache, another charge
+
+
+def test_multiplicities_and_several_files(read, folder, kept_small):
+    write_frames(folder / "a.xyz", charged(5, 1))
+    write_frames(folder / "b.xyz", charged(5, 9, REF_multiplicity=3))
+    with pytest.raises(InputError, match=r"b.xyz, frame 0: spin multiplicity is 3 .*, data.multiplicity .* is 1"):
+        read(train=["a.xyz", "b.xyz"])
+    read(train=["a.xyz", "b.xyz"], multiplicity=3)
+    write_frames(folder / "a.xyz", charged(5, 1, spin_multiplicity=1))
+    with pytest.raises(InputError, match=r"a.xyz, frame 0 has spin multiplicity 1 .*, b.xyz, frame 0 has 3"):
+        read(train=["a.xyz", "b.xyz"], multiplicity=3)
+
+
+def test_isolated_atoms_are_open_shell_by_nature(read, folder):
+    atom = isolated("O", E0["O"])
+    atom.info |= {"spin": 3, "charge": 0}
+    write_frames(folder / "train.xyz", [*spring_frames(24, 1), atom])
+    read()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda energy: energy / HARTREE, "the isolated-atom energies look like Hartree"),
+        (lambda energy: energy / 2, "different levels of theory, or all electrons against pseudopotentials"),
+    ],
+)
+def test_isolated_atom_energies_of_another_unit_or_level(read, change, says):
+    table = {symbol: change(energy) for symbol, energy in E0.items()}
+    with pytest.raises(UserWarning, match=rf"mean of -29\.\d+ eV/atom.* {sum_of(table)} eV/atom.*{says}"):
+        read(isolated_atom_energies=table)
+    read(isolated_atom_energies=None)
+    table = {symbol: 10 * energy for symbol, energy in E0.items()}
+    with pytest.raises(
+        InputError, match=r"eV/atom are left for the bonds, where -12 to 1 is possible; .*leave data.is"
+    ):
+        read(isolated_atom_energies=table)
+
+
+def sum_of(table: dict[str, float]) -> str:
+    """Mean of the isolated atoms' energies in eV per atom, over the three molecules."""
+    per_molecule = ("H2O", "CH4", "CH3OH")
+    counts = [Atoms(name).symbols.formula.count() for name in per_molecule]
+    means = [sum(n * table[symbol] for symbol, n in one.items()) / sum(one.values()) for one in counts]
+    return f"{np.mean(means):.4g}".replace(".", r"\.")
+
+
+def test_atomisation_energies_with_full_energies_of_atoms(read, folder):
+    for name, n, seed in (("train", 24, 1), ("valid", 6, 2)):
+        frames = spring_frames(n, seed)
+        for atoms in frames:
+            whole = sum(E0[symbol] for symbol in atoms.get_chemical_symbols())
+            results = {"energy": atoms.get_potential_energy() - whole - 4.0 * len(atoms), "forces": atoms.get_forces()}
+            atoms.calc = SinglePointCalculator(atoms, **results)
+        write_frames(folder / f"{name}.xyz", frames)
+    with pytest.raises(InputError, match="the labels look like atomisation energies, with isolated atoms at 0 eV"):
+        read()
+    read(isolated_atom_energies=dict.fromkeys(E0, 0.0))
+
+
+def test_labels_that_nobody_finds_are_told(read, folder):
+    rewrite(folder / "train.xyz", lambda text: text.replace("forces:R:3", "pbe_forces:R:3", 20))
+    with pytest.warns(UserWarning, match=r"train.xyz: 20 of 24 frames have an array 'pbe_forces' .* that is not read"):
+        data = read()
+    assert data.summary()[1].startswith("labels of training frames: energy in all, forces in 4, stress in none; of val")
+
+
+def test_the_name_of_a_label_that_no_frame_has(read):
+    with pytest.raises(InputError, match=r"data.keys.energy is 'REF_enregy', which no frame of train.xyz has; "):
+        read(keys={"energy": "REF_enregy"})

@@ -13,7 +13,7 @@ import torch
 import yaml
 from ase.io import read, write
 from safetensors.torch import load_file
-from training_samples import TINY, steps_of
+from training_samples import E0, TINY, spring_frames, steps_of
 
 from equimd.errors import InputError
 from equimd.models.checkpoint import load_checkpoint
@@ -46,6 +46,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("family", ["transformer", "equivariant"])
 def test_training_learns_and_writes_everything(folder, values, family):
     values |= {"model": TINY[family], "steps": 60, "optimizer": {"lr": 2e-2}, "batch": {"n_frames": 8}}
+    values["loss"] = {"kind": "mse"}
+    values["optimizer"]["name"] = "adamw"
     values["data"]["test"] = "test.xyz"
     values["ema"] = {"decay": 0.8}
     result = train(make_recipe(values, folder), folder / "run", progress=False)
@@ -209,12 +211,74 @@ def test_refusals(folder, values):
 def test_resume_refuses_another_recipe_and_other_data(folder, values):
     train(make_recipe(values, folder), folder / "run", progress=False)
     changed = make_recipe({**values, "optimizer": {"lr": 1e-3}}, folder)
-    with pytest.raises(InputError, match=r"recipe.optimizer.lr was 0.002 and is now 0.001"):
+    with pytest.raises(InputError, match=r"recipe.optimizer.lr was 0.008 and is now 0.001"):
         train(changed, folder / "run", resume=True, progress=False)
     frames = read(folder / "train.xyz", ":")
     write(folder / "train.xyz", frames[1:], format="extxyz")
     with pytest.raises(InputError, match=r"data_sha256.train.xyz was"):
         train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+
+
+def test_a_resume_keeps_the_defaults_that_the_run_began_with(folder, values, monkeypatch):
+    from equimd.training import loop
+
+    values["checkpoint"] = {"steps": 2, "minutes": None}
+    spelt = {**values, "optimizer": {"name": "adamw", "lr": 2e-3}, "loss": {"kind": "mse"}}
+    train(make_recipe(spelt, folder), folder / "whole", progress=False)
+    original, count = loop._Training.step, 0
+
+    def dies(self, epoch):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise Killed
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe(spelt, folder), folder / "killed", progress=False)
+    train(make_recipe(values, folder), folder / "killed", resume=True, progress=False)  # as of 0.1.0: it said nothing
+    assert_same_run(folder / "killed", folder / "whole")
+    muon = make_recipe({**values, "optimizer": {"name": "muon"}}, folder)
+    with pytest.raises(InputError, match=r"recipe.optimizer.name was 'adamw' and is now 'muon'"):
+        train(muon, folder / "killed", resume=True, progress=False)
+
+
+def test_a_budget_of_time_is_a_length_of_its_own(folder, values, monkeypatch):
+    from equimd.training import ledger, loop
+
+    clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(ledger, "time", Time)
+    del values["steps"]
+    values |= {"max_minutes": 60.0, "schedule": {"kind": "linear", "warmup_steps": 0, "final": 0.0}}
+    values["checkpoint"] = {"steps": 1, "minutes": None}
+    original, count = loop._Training.step, 0
+
+    def dies(self, epoch):
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise Killed
+        original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "step", dies)
+        with pytest.raises(Killed):
+            train(make_recipe(values, folder), folder / "run", progress=False)
+    result = train(make_recipe(values, folder), folder / "run", resume=True, progress=False)
+    assert (result.stopped, result.sessions) == ("budget", 2)
+    assert result.steps > 10
+    rates = [float(row["lr"]) for row in rows(folder / "run")]
+    assert rates == sorted(rates, reverse=True)  # the schedule goes on where it was
+    assert rates[-1] < 0.1 * rates[0]
+    with pytest.raises(InputError, match="cannot resume .*max_minutes"):
+        train(make_recipe({**values, "max_minutes": 90.0}, folder), folder / "run", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("last", ["open", "write_row"])
@@ -253,6 +317,47 @@ def test_divergence_is_said(folder, values, monkeypatch):
     monkeypatch.setattr(loop, "gradient_norm", lambda parameters, limit: torch.tensor(float("inf")))
     with pytest.raises(TrainingDivergedError, match=r"gradient is inf at step 0; lower optimizer.lr"):
         train(make_recipe(values, folder), folder / "run", progress=False)
+
+
+def test_a_run_is_a_whole_folder_of_a_potential(folder, values):
+    frames = read(folder / "train.xyz", ":")
+    energies = [atoms.get_potential_energy() - sum(E0[s] for s in atoms.get_chemical_symbols()) for atoms in frames]
+    methane = [k for k, atoms in enumerate(frames) if len(atoms) == 5]
+    write(folder / "train.xyz", [frames[k] for k in methane], format="extxyz")
+    write(folder / "valid.xyz", spring_frames(3, 2, names=("CH4",)), format="extxyz")
+    values["data"]["isolated_atom_energies"] = {"H": E0["H"], "C": E0["C"]}
+    train(make_recipe({**values, "steps": 2}, folder), folder / "run", progress=False)
+    (start,) = read(folder / "run" / "start.xyz", ":")
+    lowest = frames[min(methane, key=lambda k: energies[k])]
+    assert start.positions == pytest.approx(lowest.positions, abs=1e-7)
+    assert start.calc is None
+    assert set(start.arrays) == {"numbers", "positions"}
+
+
+def test_cpu_time_and_other_work_are_in_the_result(folder, values, monkeypatch, capsys):
+    from equimd.training import ledger, loop, sharing
+
+    clock = iter(range(0, 10**9, 36))  # every look at the clock is 0.01 h after the last
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(ledger, "time", Time)
+    seconds = iter(range(0, 10**9, 18))  # the time of the CPU is half of that
+    monkeypatch.setattr(sharing.os, "times", lambda: (next(seconds), 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(sharing.os, "getloadavg", lambda: (0.5, 0.5, 0.5))
+    result = train(make_recipe(values, folder), folder / "run", progress=True)
+    assert result.cpu_hours is not None
+    assert result.shared
+    assert result.cpu_hours == pytest.approx(0.05)  # a look for each of ten steps
+    assert result.cpu_hours < 0.8 * result.device_hours
+    said = [line for line in capsys.readouterr().err.splitlines() if "does other work" in line]
+    assert len(said) == 1
+    assert "the CPU time is" in said[0]
+    _, header = load_checkpoint(folder / "run" / "model.safetensors")
+    assert header["ledger"]["cpu_hours"] == result.cpu_hours
+    assert header["ledger"]["shared"]
 
 
 def test_metrics_are_cut_back_to_the_state(tmp_path):

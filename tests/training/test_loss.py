@@ -31,7 +31,7 @@ def test_terms_are_means_per_component():
     graph = labelled_graph(potential)
     prediction = potential(graph, stress=True)
     graph.energy, graph.forces, graph.stress = graph.energy + 0.4, graph.forces + 0.2, graph.stress + 0.3
-    section = LossSection(energy=2.0, forces=3.0, stress=5.0)
+    section = LossSection(energy=2.0, forces=3.0, stress=5.0, kind="mse")
     terms = loss_terms(prediction, graph, section, section)
     assert float(terms.energy) == pytest.approx(0.1**2)  # 4 atoms in each structure
     assert float(terms.forces) == pytest.approx(0.2**2)
@@ -82,7 +82,7 @@ def test_energies_are_divided_as_the_recipe_says(per_atom, divisor):
     graph = labelled_graph(potential)  # of 4 atoms each
     prediction = potential(graph)
     graph.energy = graph.energy + 0.4
-    section = LossSection(forces=0.0, energy_per_atom=per_atom)
+    section = LossSection(forces=0.0, energy_per_atom=per_atom, kind="mse")
     terms = loss_terms(prediction, graph, section, section)
     assert float(terms.total) == pytest.approx((0.4 / divisor) ** 2)
     assert float(terms.energy) == pytest.approx(0.1**2)  # reported per atom
@@ -234,7 +234,7 @@ def test_a_stress_known_in_part_is_learned_from_rotated_frames():
     potential = ToyPotential(anisotropy=0.0).double()
     graph = labelled_graph(potential)
     graph.stress = graph.stress + 0.3
-    section = LossSection(energy=0.0, forces=0.0, stress=1.0)
+    section = LossSection(energy=0.0, forces=0.0, stress=1.0, kind="mse")
     rotations = torch.from_numpy(epoch_rotations(2, 1, 0, 0, True)[:, 0])
 
     def total(rotated):

@@ -112,7 +112,7 @@ def test_one_training_and_an_ensemble_do_not_share_a_folder(values, folder):
 
 
 def test_refusals(recipe, folder):
-    with pytest.raises(InputError, match="--members is 1; accepted is 2 or more"):
+    with pytest.raises(InputError, match="--members is 1; accepted are 2 to 100"):
         train_members(recipe, folder / "run", 1, progress=False)
     with pytest.raises(InputError, match=r"--bagging needs data.n_train"):
         train_members(recipe, folder / "run", 2, bagging=True, progress=False)

@@ -111,7 +111,8 @@ def test_noise_is_what_is_said(make):
 
 
 def test_a_batch_is_shared_between_both_tasks(make):
-    objective, setup, graph = make(denoising={"per": "frame", "probability": 0.5, "energy": 0.5, "weight": 2.0})
+    section = {"per": "frame", "probability": 0.5, "energy": 0.5, "weight": 2.0}
+    objective, setup, graph = make(denoising=section, loss={"kind": "mse"})
     recipe = objective.recipe
     usual, corrupted = objective.tasks(graph, FRAMES, 1, 0)
     assert corrupted is not None
@@ -235,7 +236,14 @@ def test_forces_are_read(make, family):
 
 @pytest.mark.parametrize("family", ["transformer", "equivariant"])
 def test_training_goes_on_with_gradients_and_leaves_no_head(folder, values, family):
-    values |= {"model": MODELS[family], "steps": 72, "optimizer": {"lr": 2e-2}, "batch": {"n_frames": 8}, **BOTH}
+    values |= {
+        "model": MODELS[family],
+        "steps": 72,
+        "optimizer": {"name": "adamw", "lr": 2e-2},
+        "loss": {"kind": "mse"},
+        "batch": {"n_frames": 8},
+        **BOTH,
+    }
     values |= {"ema": {"decay": 0.8}, "validation": {"symmetry_frames": 0}}
     with kernels.using("reference"):
         train(make_recipe(values, folder), folder / "run", progress=False)

@@ -48,7 +48,7 @@ def test_every_parameter_is_stepped_once_and_the_loss_falls(name):
 
 def test_only_matrices_decay():
     net = Net()
-    (optimizer,) = make_optimizers(net, OptimizerSection(weight_decay=0.1))
+    (optimizer,) = make_optimizers(net, OptimizerSection(name="adamw", weight_decay=0.1))
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays[id(net.hidden.weight)] == 0.1
     assert decays[id(net.hidden.bias)] == 0.0
@@ -179,7 +179,7 @@ def test_muon_leaves_what_has_no_gradient_alone():
 
 def test_settings_of_muon_without_muon_are_refused(values):
     with pytest.raises(InputError, match=r"muon_lr is 0.1, which is for name 'muon'; name is 'adamw'"):
-        make_recipe({**values, "optimizer": {"muon_lr": 0.1}})
+        make_recipe({**values, "optimizer": {"name": "adamw", "muon_lr": 0.1}})
     make_recipe({**values, "optimizer": {"name": "muon", "muon_lr": 0.1, "muon_momentum": 0.9}})
 
 

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import yaml
+from training_samples import TINY
 
 from equimd.errors import InputError
+from equimd.training.dataset import read_data
 from equimd.training.recipe import load_recipe, make_recipe
 
 
@@ -54,8 +56,8 @@ def test_a_typo_is_refused_with_the_nearest_name(values, section, typo, nearest)
         ({"optimizer": {"lr": -1}}, "optimizer.lr is -1"),
         ({"optimizer": {"name": "sgd"}}, "optimizer.name is 'sgd'"),
         ({"model": {"family": "mace"}}, "mace"),
-        ({"steps": None}, "either epochs or steps"),
-        ({"epochs": 3}, "either epochs or steps"),
+        ({"steps": None}, "accepted are epochs, steps or max_minutes"),
+        ({"epochs": 3}, "epochs is 3 and steps is 10; one of them is accepted"),
         ({"batch": {}}, "n_frames"),
         ({"data": {"train": "a"}}, "data.valid"),
         ({"seed": "x"}, "seed is 'x'"),
@@ -118,3 +120,40 @@ def test_isolated_atom_energies_are_checked(tmp_path, values):
     (tmp_path / "info.json").write_text("{}")
     with pytest.raises(InputError, match="holds no table"):
         make_recipe(values, tmp_path).isolated_atom_energies()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 10**18}, "steps is 1000000000000000000"),
+        ({"steps": None, "epochs": 10**400}, "epochs is "),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"batch": {"n_frames": 10**12}}, "batch.n_frames is 1000000000000"),
+        ({"n_threads": 10**6}, "n_threads is 1000000"),
+        ({"validation": {"degree": 10**6}}, "validation.degree is 1000000"),
+        ({"validation": {"n_rotations": 10**9}}, "validation.n_rotations is 1000000000"),
+        ({"augmentation": {"copies": 10**9}}, "augmentation.copies is 1000000000"),
+        ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas.1 is 1.5"),
+        ({"optimizer": {"lr": 1e9}}, "optimizer.lr is 1000000000"),
+    ],
+)
+def test_numbers_that_would_take_for_ever_are_refused(values, change, says):
+    with pytest.raises(InputError, match=says) as caught:
+        make_recipe({**values, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["transformer", "equivariant"])
+def test_defaults_are_what_ships(values, family):
+    recipe = make_recipe({**values, "model": TINY[family]})
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.loss.kind) == ("muon", 8e-3, "mae")
+    spelt = make_recipe({**values, "optimizer": {"name": "adamw"}, "loss": {"kind": "mse"}})
+    assert (spelt.optimizer.name, spelt.optimizer.lr, spelt.loss.kind) == ("adamw", 2e-3, "mse")
+
+
+def test_a_device_that_never_ends(folder, values):
+    with pytest.raises(InputError, match="/dev/zero has more than 4 MiB"):
+        load_recipe("/dev/zero")
+    values["data"]["train"] = "/dev/zero"
+    with pytest.raises(InputError, match="/dev/zero is no regular file; accepted: a file of labelled frames"):
+        read_data(make_recipe(values, folder))
