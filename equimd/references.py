@@ -85,11 +85,18 @@ def label(
 
 
 def label_where_possible(
-    frames: Iterable[Atoms], name: str, *, processes: int = 1, progress: Callable[[int], None] | None = None
+    frames: Iterable[Atoms],
+    name: str,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+    of: str = "",
+    refuse: bool = True,
 ) -> tuple[list[Atoms], dict[int, str]]:
     """As `label`, but with a copy of every frame: one on which the reference fails has no calculator.
 
-    Second come the reasons, by index of the frame.
+    Second come the reasons, by index of the frame. ``of`` is added to a warning; without ``refuse`` the reference may
+    fail on every frame.
     """
     reference_calculator(name)  # refuses an unknown name here rather than in a worker
     if processes < 1:
@@ -104,22 +111,20 @@ def label_where_possible(
                 atoms.calc = SinglePointCalculator(atoms, **outcome)
             if progress is not None:
                 progress(index + 1)
-    say_failed(name, failed, len(labelled))
+    _say_failed(name, failed, len(labelled), of, refuse)
     return labelled, failed
 
 
-def say_failed(name: str, failed: dict[int, str], n_frames: int, of: str = "") -> None:
-    """Warn of the frames on which a reference failed.
-
-    Raises:
-        InputError: if it failed on every frame.
-    """
+def _say_failed(name: str, failed: dict[int, str], n_frames: int, of: str, refuse: bool) -> None:
+    """Warn of the frames on which a reference failed, or refuse if none is left."""
     if not failed:
         return
     told = "; ".join(f"frame {index}: {reason}" for index, reason in list(failed.items())[:_NAMED])
     more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-    if len(failed) == n_frames:
-        raise InputError(f"{name} fails on all {n_frames} frames{of} ({told}{more}); accepted: frames that it can label")
+    if refuse and len(failed) == n_frames:
+        raise InputError(
+            f"{name} fails on all {n_frames} frames{of} ({told}{more}); accepted: frames that it can label"
+        )
     warnings.warn(
         f"{name} fails on {len(failed)} of {n_frames} frames{of}, which are left out ({told}{more})",
         LabelWarning,
