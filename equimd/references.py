@@ -213,7 +213,7 @@ def _single_point(atoms: Atoms, name: str) -> dict[str, Any] | str:
     except Exception as error:  # whatever a program of quantum chemistry finds wrong with a frame
         return " ".join(f"{type(error).__name__}: {error or 'no message'}".split())
     odd = [key for key in properties if not np.isfinite(results[key]).all()]
-    return f"the {odd[0]} is not finite" if odd else results
+    return f"values of {odd[0]} are not finite" if odd else results
 
 
 def _bare(atoms: Atoms) -> Atoms:

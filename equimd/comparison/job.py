@@ -1,6 +1,7 @@
 """What every contestant goes through before it is measured: its own runs, and the labels of their frames."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from equimd.analysis.conservation import DriftResult, nve_drift
 from equimd.comparison.contestants import Contestant
 from equimd.comparison.folder import LABELS_ENDING
 from equimd.errors import InputError
-from equimd.frames import read_list, write_frames
+from equimd.frames import PlausibilityWarning, read_list, write_frames
 from equimd.md import CalculatorError, UnstableStart, run_md
 from equimd.md.constraints import removed_degrees_of_freedom
 from equimd.md.settings import make_settings
@@ -122,21 +123,25 @@ class Job:
         except CalculatorError as error:
             what, reason = "fails", str(error).partition(": ")[2]
             time_ps = error.step * s.timestep_fs / 1e3
-        frames = [self._as_simulated(frame) for frame in read_list(file)] if file.exists() else []
+        frames = self._frames(file) if file.exists() else []
         if reason is None:
             return frames, None
         return frames, Stopped(
             what=what, ensemble=options["ensemble"], time_ps=time_ps, reason=" ".join(reason.split())
         )
 
-    def _as_simulated(self, frame: Atoms) -> Atoms:
-        """A frame of a file with the masses and constraints of the start, whatever the file's format keeps of them."""
-        velocities = frame.get_velocities()
-        frame.set_masses(self.atoms.get_masses())
-        frame.set_constraint()
-        frame.set_velocities(velocities)
-        frame.set_constraint(self.atoms.constraints)
-        return frame
+    def _frames(self, file: Path) -> list[Atoms]:
+        """A trajectory with the masses and constraints of the start, whatever the file's format keeps of them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlausibilityWarning)  # its units are ours, however small its forces
+            frames = read_list(file)
+        for frame in frames:
+            velocities = frame.get_velocities()
+            frame.set_masses(self.atoms.get_masses())  # pyright: ignore[reportArgumentType]
+            frame.set_constraint()
+            frame.set_velocities(velocities)
+            frame.set_constraint(self.atoms.constraints)
+        return frames
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage, which begins."""

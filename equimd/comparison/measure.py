@@ -15,6 +15,7 @@ from equimd.analysis.throughput import TimingSettings, measure_throughput
 from equimd.calculators.forcefield import as_force_field
 from equimd.comparison.contestants import Contestant
 from equimd.comparison.job import Job
+from equimd.errors import InputError
 from equimd.report.comparison import Parity, PotentialResult, Trajectory
 from equimd.report.verdict import judge
 
@@ -46,10 +47,10 @@ def measure(job: Job, contestant: Contestant, pooled: list[Atoms]) -> PotentialR
         equivariance = attempt("equivariance", lambda: _equivariance(job, contestant))
     if pooled:
         stage = job.stage(f"{contestant.name}: accuracy")
-        accuracy = attempt("accuracy", lambda: evaluate_accuracy(calculator, pooled, progress=stage))
+        accuracy = attempt("accuracy", lambda: _accuracy(calculator, pooled, progress=stage))
         parity = attempt("parity", lambda: _parity(calculator, pooled)) if accuracy is not None else None
     if contestant.labelled:
-        own_accuracy = attempt("accuracy on its own run", lambda: evaluate_accuracy(calculator, contestant.labelled))
+        own_accuracy = attempt("accuracy on its own run", lambda: _accuracy(calculator, contestant.labelled))
     drift, energies = job.conserve(contestant)
     throughput = attempt("speed", lambda: _throughput(job, contestant))
     if contestant.stopped is not None:
@@ -75,6 +76,14 @@ def measure(job: Job, contestant: Contestant, pooled: list[Atoms]) -> PotentialR
         n_failed=len(contestant.failed),
         missing=missing,
     )
+
+
+def _accuracy(calculator: Any, frames: list[Atoms], progress: Callable[[int, int], None] | None = None) -> Any:
+    """Errors on labelled frames; predictions that are not finite are a failure, not an error of NaN."""
+    result = evaluate_accuracy(calculator, frames, progress=progress)
+    if not all(np.isfinite(part.rmse) for part in (result.energy, result.force, result.stress) if part is not None):
+        raise InputError(f"{result.name} returned values that are not finite for one of {len(frames)} frames")
+    return result
 
 
 def _equivariance(job: Job, contestant: Contestant) -> EquivarianceResult:

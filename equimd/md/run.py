@@ -105,6 +105,7 @@ def _run(atoms: Atoms, settings: MDSettings, path: Path, resume: bool, progress:
     sink = open_output(path, append=state is not None)
     if state is not None:
         sink.truncate(state["mark"])
+    _doubt(settings)
     kept: State = {"start": start, **(state or {})}
 
     def checkpoint() -> None:
@@ -191,15 +192,19 @@ def _advance(run: Run, sink: Output, checkpoint: Callable[[], None], progress: P
     return None
 
 
-def _prepared(atoms: Atoms, calculator: Any, settings: MDSettings) -> Atoms:
-    """A copy of the structure with the calculator, checked; a word where the settings look like a slip."""
-    check_structure(atoms, getattr(potential_of(calculator), "species", None))
-    check_constraints(atoms, settings.ensemble)
+def _doubt(settings: MDSettings) -> None:
+    """A word if the settings look like a slip."""
     if settings.timestep_fs < _SHORTEST_STEP_FS:
-        warnings.warn(f"the time step is {settings.timestep_fs:g} fs: was it meant in ps?", UserWarning, stacklevel=3)
+        warnings.warn(f"the time step is {settings.timestep_fs:g} fs: was it meant in ps?", UserWarning, stacklevel=4)
     if 0 < settings.steps < settings.stride:
         message = f"the stride is {settings.stride} and the run has {settings.steps} steps: only its start is stored"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _prepared(atoms: Atoms, calculator: Any, settings: MDSettings) -> Atoms:
+    """A copy of the structure with the calculator, checked."""
+    check_structure(atoms, getattr(potential_of(calculator), "species", None))
+    check_constraints(atoms, settings.ensemble)
     atoms = atoms.copy()
     atoms.info.pop("lossy", None)  # what a format rounded is where the run starts, and no longer rounded
     atoms.set_cell(used_cell(atoms.cell.array, atoms.pbc))  # NaN in a vector that is ignored would not equal itself
