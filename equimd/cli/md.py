@@ -27,7 +27,7 @@ from equimd.cli.common import (
     open_structures,
     progress,
 )
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
 from equimd.units import BAR, GPA
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def md(
 
     emit(result, json, lambda: _summary(result))
     if result.stopped is not None:
-        raise RuntimeError(
+        raise FailedError(
             f"the run stopped at {result.time_ps:g} ps, {result.stopped}; {result.trajectory} holds it up to there"
         )
 
