@@ -7,11 +7,13 @@ tblite. They are equivariant to rounding and cheap enough to label whatever a si
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -25,6 +27,9 @@ METHODS = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 # With tblite's default (1.0) forces carry an error of 6e-5 eV/Å from the self-consistent cycle, with 0.01 of 3e-7, for
 # 15 % more time (ethanol): forces are then smooth enough for a fit and for conserving dynamics.
 ACCURACY = 0.01
+
+# So many frames on which a reference fails are named with their reasons.
+_NAMED = 3
 
 # Hund's rules for the neutral atom.
 GROUND_STATE_MULTIPLICITIES = {1: 2, 2: 1, 3: 2, 4: 1, 5: 2, 6: 3, 7: 4, 8: 3, 9: 2, 10: 1, 11: 2, 12: 1, 13: 2, 14: 3}
@@ -53,13 +58,18 @@ def reference_calculator(name: str, *, charge: int = 0, multiplicity: int = 1) -
     return _import_tblite()(method=METHODS[name], **settings)
 
 
+class LabelWarning(UserWarning):
+    """The reference fails on some frames, which are left out of what is measured."""
+
+
 def label(
     frames: Iterable[Atoms], name: str, *, processes: int = 1, progress: Callable[[int], None] | None = None
 ) -> list[Atoms]:
     """Copies of the frames, in order, with the reference's energy, forces (N, 3) and, if fully periodic, stress (6,).
 
     Labels are in eV, eV/Å and eV/Å³ (ASE's sign and Voigt order) in a `SinglePointCalculator`. Every frame is a
-    neutral singlet and starts from the atomic guess, so that its label depends on nothing but the frame.
+    neutral singlet and starts from the atomic guess, so that its label depends on nothing but the frame. Frames on
+    which the reference fails are left out, and a `LabelWarning` names them with the reason.
 
     Args:
         frames: Structures; their own calculators are not used.
@@ -68,21 +78,58 @@ def label(
         progress: Called with the number of frames done, after each.
 
     Raises:
-        InputError: if the name is not known, or `processes` is below 1.
-        ase.calculators.calculator.CalculationFailed: if a self-consistent cycle does not converge.
+        InputError: if the name is not known, `processes` is below 1, or the reference fails on every frame.
+    """
+    labelled, _ = label_where_possible(frames, name, processes=processes, progress=progress)
+    return [atoms for atoms in labelled if atoms.calc is not None]
+
+
+def label_where_possible(
+    frames: Iterable[Atoms],
+    name: str,
+    *,
+    processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+    of: str = "",
+    refuse: bool = True,
+) -> tuple[list[Atoms], dict[int, str]]:
+    """As `label`, but with a copy of every frame: one on which the reference fails has no calculator.
+
+    Second come the reasons, by index of the frame. ``of`` is added to a warning; without ``refuse`` the reference may
+    fail on every frame.
     """
     reference_calculator(name)  # refuses an unknown name here rather than in a worker
     if processes < 1:
         raise InputError(f"processes is {processes}; accepted: 1 or more")
-    bare = [_bare(atoms) for atoms in frames]
-    labelled: list[Atoms] = []
-    with _labels(bare, name, min(processes, len(bare))) as results:
-        for atoms, properties in zip(bare, results, strict=True):
-            atoms.calc = SinglePointCalculator(atoms, **properties)
-            labelled.append(atoms)
+    labelled = [_bare(atoms) for atoms in frames]
+    failed: dict[int, str] = {}
+    with _labels(labelled, name, min(processes, len(labelled))) as results:
+        for index, (atoms, outcome) in enumerate(zip(labelled, results, strict=True)):
+            if isinstance(outcome, str):
+                failed[index] = outcome
+            else:
+                atoms.calc = SinglePointCalculator(atoms, **outcome)
             if progress is not None:
-                progress(len(labelled))
-    return labelled
+                progress(index + 1)
+    _say_failed(name, failed, len(labelled), of, refuse)
+    return labelled, failed
+
+
+def _say_failed(name: str, failed: dict[int, str], n_frames: int, of: str, refuse: bool) -> None:
+    """Warn of the frames on which a reference failed, or refuse if none is left."""
+    if not failed:
+        return
+    told = "; ".join(f"frame {index}: {reason}" for index, reason in list(failed.items())[:_NAMED])
+    more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+    if refuse and len(failed) == n_frames:
+        raise InputError(
+            f"{name} fails on all {n_frames} frames{of} ({told}{more}); accepted: frames that it can label"
+        )
+    warnings.warn(
+        f"{name} fails on {len(failed)} of {n_frames} frames{of}, which are left out ({told}{more})",
+        LabelWarning,
+        stacklevel=3,
+    )
 
 
 def level_mismatch(calculator: Any, reference: str | None) -> str | None:
@@ -146,7 +193,7 @@ def _import_tblite() -> type[Calculator]:
 
 
 @contextmanager
-def _labels(frames: Sequence[Atoms], name: str, processes: int) -> Iterator[Iterator[dict]]:
+def _labels(frames: Sequence[Atoms], name: str, processes: int) -> Iterator[Iterator[dict[str, Any] | str]]:
     names = [name] * len(frames)
     if processes <= 1:
         yield map(_single_point, frames, names)
@@ -156,11 +203,17 @@ def _labels(frames: Sequence[Atoms], name: str, processes: int) -> Iterator[Iter
         yield pool.map(_single_point, frames, names)
 
 
-def _single_point(atoms: Atoms, name: str) -> dict:
-    calculator = reference_calculator(name)
+def _single_point(atoms: Atoms, name: str) -> dict[str, Any] | str:
+    """Labels of one frame, or in one line why there are none."""
     properties = ["energy", "forces", "stress"] if atoms.pbc.all() else ["energy", "forces"]
-    calculator.calculate(atoms, properties)
-    return {key: calculator.results[key] for key in properties}
+    try:
+        calculator = reference_calculator(name)
+        calculator.calculate(atoms, properties)
+        results = {key: calculator.results[key] for key in properties}
+    except Exception as error:  # whatever a program of quantum chemistry finds wrong with a frame
+        return " ".join(f"{type(error).__name__}: {error or 'no message'}".split())
+    odd = [key for key in properties if not np.isfinite(results[key]).all()]
+    return f"values of {odd[0]} are not finite" if odd else results
 
 
 def _bare(atoms: Atoms) -> Atoms:

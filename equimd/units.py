@@ -17,6 +17,7 @@ NM = 10.0
 GPA = 1e9 * 1e-30 / ELEMENTARY_CHARGE_C
 KBAR = 0.1 * GPA
 BAR = 1e-4 * GPA
+AMU_PER_A3 = 1.66053906660  # of a density, in g/cm³
 KB_EV_PER_K = 8.617333262145e-5
 
 ENERGY_UNITS = {"eV": EV, "meV": 1e-3, "Hartree": HARTREE, "kcal/mol": KCAL_PER_MOL, "kJ/mol": KJ_PER_MOL}

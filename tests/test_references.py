@@ -6,7 +6,17 @@ from ase import Atoms
 from ase.build import molecule
 from scipy.spatial.transform import Rotation
 
-from equimd.references import METHODS, isolated_atom_energies, label, reference_calculator
+import equimd.references as references
+from equimd.analysis.inputs import LabelSource, reference_labels
+from equimd.errors import InputError
+from equimd.references import (
+    METHODS,
+    LabelWarning,
+    isolated_atom_energies,
+    label,
+    label_where_possible,
+    reference_calculator,
+)
 
 pytest.importorskip("tblite")
 
@@ -103,6 +113,48 @@ def test_label_in_several_processes_gives_the_same_labels():
     for first, second in zip(one, two, strict=True):
         # threads sum in another order than one thread does
         np.testing.assert_allclose(second.get_forces(), first.get_forces(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_frames_that_fail_are_left_out_by_name(processes):
+    frames = [_ethanol(0), Atoms([102], positions=[(0, 0, 0)]), _ethanol(1)]
+    with pytest.warns(LabelWarning, match=r"gfn2-xtb fails on 1 of 3 frames, .*\(frame 1: .*No support for elements"):
+        labelled = label(frames, "gfn2-xtb", processes=processes)
+    assert [len(atoms) for atoms in labelled] == [9, 9]
+    assert labelled[1].get_potential_energy() == pytest.approx(label(frames[2:], "gfn2-xtb")[0].get_potential_energy())
+
+
+def test_a_cycle_that_does_not_converge_costs_its_frame_alone():
+    apart = molecule("H2O")
+    apart.positions *= 12.0  # three atoms that share electrons at 11 Å
+    with pytest.warns(LabelWarning, match=r"frame 0: .*SCF not converged"):
+        labelled, failed = label_where_possible([apart, molecule("H2O")], "gfn2-xtb")
+    assert [atoms.calc is None for atoms in labelled] == [True, False]
+    assert list(failed) == [0]
+
+
+def test_labels_that_are_not_finite_are_none(monkeypatch):
+    class NotFinite:
+        """A calculator whose forces are NaN."""
+
+        def calculate(self, atoms, properties):
+            """Set results."""
+            self.results = {"energy": 0.0, "forces": np.full((len(atoms), 3), np.nan)}
+
+    monkeypatch.setattr(references, "reference_calculator", lambda name: NotFinite())
+    with pytest.raises(InputError, match=r"gfn2-xtb fails on all 2 frames \(frame 0: values of forces are not finite"):
+        label([_ethanol(), _ethanol()], "gfn2-xtb")
+
+
+def test_an_analysis_goes_on_without_the_labels_of_a_frame(monkeypatch):
+    original = references._single_point
+    monkeypatch.setattr(
+        references, "_single_point", lambda atoms, name: "no" if len(atoms) == 3 else original(atoms, name)
+    )
+    with pytest.warns(LabelWarning):
+        labels = reference_labels([molecule("H2O"), _ethanol()], None, LabelSource("gfn2-xtb"))
+    assert labels[0] == (None, None, None)
+    assert labels[1].forces is not None
 
 
 def test_periodic_frames_have_a_stress():

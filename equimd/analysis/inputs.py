@@ -73,6 +73,8 @@ class PredictionWarning(UserWarning):
 def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSource) -> list[Labels]:
     """Labels of the frames from ``source``, to judge ``calculator`` by; predictions count as absent.
 
+    Absent, too, are labels of frames on which a named reference fails; a warning names these.
+
     Raises:
         InputError: for a reference that is not known, or is another level of theory than the potential's.
     """
@@ -82,11 +84,11 @@ def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSour
         use_all = source.accept_predictions
         return [labels_of(frame) if use_all or predicted_by(frame) is None else absent for frame in structures]
     if isinstance(reference, str):
-        from equimd.references import check_level, label
+        from equimd.references import check_level, label_where_possible
 
         check_level(calculator, reference, source.other_level)
 
-        return [labels_of(frame) for frame in label(structures, reference)]
+        return [labels_of(frame) for frame in label_where_possible(structures, reference)[0]]
     evaluation = as_force_field(reference).evaluate(structures)
     return [
         Labels(float(e), f, s)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,11 +118,16 @@ def _pairs(option: str, texts: list[str] | None, target: type) -> dict[str, Any]
 
 def read_structure(name: str, select: str | None = None, no_pbc: bool = False) -> Any:
     """The first structure of a file, or the ``start.xyz`` of the shipped potential that has this name."""
+    return next(iter(open_structures(name, select, no_pbc)))
+
+
+def open_structures(name: str, select: str | None = None, no_pbc: bool = False) -> "Frames":
+    """All structures of a file, or the one of the shipped potential that has this name."""
     from equimd.models.checkpoint import shipped_folder
 
     shipped = shipped_folder(name)
     path = Path(name) if shipped is None else shipped / "start.xyz"
-    return next(iter(open_frames(path, None, None, None, select=select, no_pbc=no_pbc)))
+    return open_frames(path, None, None, None, select=select, no_pbc=no_pbc)
 
 
 def check_json(target: str | None) -> None:
@@ -177,6 +184,23 @@ def cpu_threads(count: int | None, n_atoms: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextmanager
+def ended_by_a_signal() -> Iterator[None]:
+    """Inside the block SIGTERM, which queues send before they kill, ends work as Ctrl-C does: what is there is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def grid(title: str, rows: list[tuple[str, str, str]]) -> Any:

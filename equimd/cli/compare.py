@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from equimd.cli.common import Device, Dtype, Json, OtherLevel, Seed, Threads, check_json, cpu_threads, emit, progress
+from equimd.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    OtherLevel,
+    Seed,
+    Threads,
+    check_json,
+    cpu_threads,
+    emit,
+    ended_by_a_signal,
+    progress,
+)
 
 
 def compare(
@@ -34,6 +46,10 @@ def compare(
     ),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier comparison in the folder.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished comparison in the folder; start if there is none."),
     ] = False,
     json: Json = None,
 ) -> None:
@@ -68,13 +84,14 @@ def compare(
 
     names = potentials or list(DEFAULT_PAIR)
     atoms = start_structure(names, structure)
-    with cpu_threads(threads, len(atoms)), progress() as bar:
+    with cpu_threads(threads, len(atoms)), progress() as bar, ended_by_a_signal():
         result = run(
             names,
             atoms,
             settings=settings,
             output=output,
             overwrite=overwrite,
+            resume=resume,
             processes=os.cpu_count() or 1,
             progress=bar,
         )

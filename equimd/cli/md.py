@@ -1,7 +1,8 @@
 """``equimd md``: molecular dynamics with a potential."""
 
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,23 +20,34 @@ from equimd.cli.common import (
     check_json,
     cpu_threads,
     emit,
+    ended_by_a_signal,
     grid,
     make_calculator,
     number,
+    open_structures,
     progress,
-    read_structure,
 )
-from equimd.errors import InputError
+from equimd.errors import FailedError, InputError
+from equimd.units import BAR, GPA
+
+if TYPE_CHECKING:
+    from equimd.md import MDResult
+    from equimd.md.averages import Mean
 
 
 def md(
     potential: PotentialName,
     structure: StructureName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Trajectory: .h5 (H5MD) or .xyz.")],
+    frame: Annotated[
+        int | None, typer.Option(help="Start from this frame of STRUCTURE; -1 is the last. By default the first.")
+    ] = None,
     ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
     steps: Annotated[int, typer.Option(help="Number of steps in all.")] = 2000,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
-    temperature: Annotated[float, typer.Option(help="Temperature in K, also of the first velocities.")] = 300.0,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature in K, also of the first velocities if STRUCTURE has none.")
+    ] = 300.0,
     pressure: Annotated[float, typer.Option(help="Pressure in bar, for npt.")] = 1.0,
     friction: Annotated[float, typer.Option(help="Friction of the thermostat in 1/fs.")] = 0.01,
     stride: Annotated[int, typer.Option(help="Write every n-th step.")] = 20,
@@ -68,20 +80,54 @@ def md(
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
-    atoms = read_structure(structure, select, no_pbc)
+    atoms = _start(structure, frame, select, no_pbc)
+    if resume and not (output.exists() or output.with_name(f"{output.name}.state.json").exists()):
+        warnings.warn(f"there is no run at {output} to continue: it begins at step 0", UserWarning, stacklevel=2)
     calculator = make_calculator(potential, device, dtype, symmetrize)
-    with cpu_threads(threads, len(atoms)), progress() as bar:
+    with cpu_threads(threads, len(atoms)), progress() as bar, ended_by_a_signal():
         result = run_md(atoms, calculator, settings, output, resume=resume, progress=bar.named("steps"))
 
-    def show():  # noqa: ANN202
-        rows = [
-            ("Steps", f"{result.steps:,}", f"{result.time_ps:g} ps"),
-            ("Frames", f"{result.n_frames:,}", ""),
-            ("Mean temperature", number(result.mean_temperature_K), "K"),
-            ("Wall time", number(result.wall_seconds), "s"),
-        ]
-        return grid(f"{result.formula} with {result.calculator} → {result.trajectory}", rows)
-
-    emit(result, json, show)
+    emit(result, json, lambda: _summary(result))
     if result.stopped is not None:
-        raise RuntimeError(f"the run stopped, {result.stopped}; {result.trajectory} holds it up to there")
+        raise FailedError(
+            f"the run stopped at {result.time_ps:g} ps, {result.stopped}; {result.trajectory} holds it up to there"
+        )
+
+
+def _start(structure: str, frame: int | None, select: str | None, no_pbc: bool) -> Any:
+    """The structure a run starts from; a word if a file offers others and none was chosen."""
+    frames = open_structures(structure, select, no_pbc)
+    if frame is None:
+        first, count = next(iter(frames)), len(frames)
+        if count > 1:
+            message = f"{structure} holds {count} frames: the run starts from the first; --frame chooses (-1: the last)"
+            warnings.warn(message, UserWarning, stacklevel=3)
+        return first
+    listed = list(frames)
+    if not -len(listed) <= frame < len(listed):
+        raise InputError(
+            f"--frame is {frame}, and {structure} holds {len(listed)}; accepted: 0 to {len(listed) - 1}, or -1"
+        )
+    return listed[frame]
+
+
+def _summary(result: "MDResult") -> Any:
+    rows = [
+        ("Steps", f"{result.steps:,}", f"{result.time_ps:g} ps"),
+        ("Frames", f"{result.n_frames:,}", ""),
+        ("Mean temperature", _mean(result.temperature_K) or number(result.mean_temperature_K), "K"),
+        ("Mean volume", _mean(result.volume_A3), "Å³"),
+        ("Mean density", _mean(result.density_g_cm3), "g/cm³"),
+        ("Mean pressure", _mean(result.pressure_bar), "bar"),
+        ("", _mean(result.pressure_bar, BAR / GPA), "GPa"),
+        ("Wall time", number(result.wall_seconds), "s"),
+    ]
+    title = f"{result.formula} with {result.calculator} → {result.trajectory}"
+    return grid(title, [row for row in rows if row[1]])
+
+
+def _mean(mean: "Mean | None", factor: float = 1.0) -> str:
+    """A mean with its error bar; nothing for none. The volume of a cell that is fixed has no error."""
+    from equimd.report.numbers import with_error
+
+    return "" if mean is None else with_error(factor * mean.value, factor * mean.stderr)

@@ -42,6 +42,8 @@ class Integrator:
         else:
             if not atoms.pbc.all():
                 raise InputError(f"ensemble npt with pbc {atoms.pbc.tolist()}; it needs three periodic directions")
+            if "stress" not in getattr(atoms.calc, "implemented_properties", ("stress",)):
+                raise InputError("ensemble npt with a calculator that gives no stress; accepted: nvt or nve")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # says which barostat mass its heuristic gives
                 self.dynamics = LangevinBAOAB(

@@ -2,6 +2,8 @@
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -104,3 +106,49 @@ def open_output(path: Path, append: bool) -> Output:
     if append and not path.exists():
         raise InputError(f"cannot resume: {path} does not exist")
     return OUTPUTS[path.suffix.lower()](path, append)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold `path` against other runs inside the block, by a lock that ends with the process and leaves no file.
+
+    Raises:
+        InputError: another run writes there now, or the folder does not exist or may not be written.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"output is {path}, but the folder {path.parent} does not exist")
+    lock = path.with_name(path.name + ".lock")
+    try:
+        file = _locked(lock)
+    except BlockingIOError:
+        raise InputError(
+            f"another run is writing {path} now; accepted: another output, or wait until it ends"
+        ) from None
+    except OSError as error:
+        raise InputError(f"output is {path}, but {path.parent} cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(lock: Path) -> io.BufferedWriter:
+    """The open lock file, held by this process where the system knows such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return open(lock, "wb")
+    while True:
+        file = open(lock, "wb")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a network folder without locks
+            return file
+        # Another run may have removed the file between opening and locking; then the lock holds nothing.
+        if lock.exists() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+            return file
+        file.close()

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from equimd.analysis.accuracy import AccuracyResult
 from equimd.analysis.conservation import DriftResult
 from equimd.analysis.equivariance_results import EquivarianceResult
+from equimd.analysis.stability import StabilityResult
 from equimd.analysis.throughput import ThroughputResult
 from equimd.errors import InputError
 from equimd.results import Block, Number, Provenance, Result
@@ -46,12 +47,15 @@ class CompareSettings(Block):
 
 
 class Trajectory(Block):
-    """Per-frame series along one potential's own run: fs, K, eV/Å per component, percent."""
+    """Per-frame series along one potential's own run: fs, K, eV/Å per component, percent.
+
+    force_rmse and percent_of_loss are null for frames on which the reference failed.
+    """
 
     times_fs: list[float]
     temperature_K: list[float]
     rmse_equiv: list[float]
-    force_rmse: list[float]
+    force_rmse: list[Number]
     percent_of_loss: list[Number]
 
 
@@ -84,27 +88,51 @@ class Verdict(Block):
     text: str
 
 
-class PotentialResult(Block):
-    """Everything measured of one potential.
+class Stopped(Block):
+    """Why a run ended before its last step: the dynamics left what a molecule can do, or the calculator raised."""
 
-    accuracy: on the common frames, which are those of all runs pooled, so that potentials are compared on the same
-    structures. accuracy_own: on the frames of its own run, as are equivariance and its share of the loss.
+    what: Literal["explodes", "fails"]
+    ensemble: Literal["nvt", "nve"]
+    time_ps: float
+    reason: str
+
+    def briefly(self) -> str:
+        """What happened and when."""
+        return f"{self.what} at {self.time_ps:.4g} ps{' of NVE' if self.ensemble == 'nve' else ''}"
+
+    def in_words(self) -> str:
+        """What happened, when, and why, with the potential as subject."""
+        return f"it {self.briefly()}: {self.reason}"
+
+
+class PotentialResult(Block):
+    """Everything measured of one potential; a part that could not be measured is null.
+
+    stopped: why the Langevin run or the NVE run ended before its last step; null if both are whole. The symmetry error
+    is then that of the frames before. stability: whether the bonds of the start held along the Langevin run.
+    n_failed: frames of its run that the reference could not label. missing: why a part is null, by its name.
+    accuracy: on the common frames, which are those of all whole runs pooled, so that potentials are compared on the
+    same structures. accuracy_own: on the frames of its own run, as are equivariance and its share of the loss.
     training_device_hours: from the checkpoint's ledger, null where unknown.
     """
 
     name: str
     family: str
-    accuracy: AccuracyResult
-    accuracy_own: AccuracyResult
-    equivariance: EquivarianceResult
-    nve: DriftResult
-    throughput: ThroughputResult
-    verdict: Verdict
+    accuracy: AccuracyResult | None
+    accuracy_own: AccuracyResult | None
+    equivariance: EquivarianceResult | None
+    nve: DriftResult | None
+    throughput: ThroughputResult | None
+    verdict: Verdict | None
     training_device_hours: float | None
     n_parameters: int | None
     trajectory: Trajectory
     nve_energy: EnergySeries
     parity: Parity
+    stopped: Stopped | None = None
+    stability: StabilityResult | None = None
+    n_failed: int = 0
+    missing: dict[str, str] = {}
 
 
 class CompareResult(Result):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from equimd.report.comparison import CompareResult, Parity
+from equimd.report.comparison import CompareResult, Parity, PotentialResult
 from equimd.report.style import GRID, INK, MUTED, colour, house_style, line, marker, new_axes, to_svg
 from equimd.report.table import method
 from equimd.report.verdict import NEGLIGIBLE, VISIBLE
@@ -25,9 +25,9 @@ class Plot(NamedTuple):
 
 
 def draw_all(result: CompareResult) -> list[Plot]:
-    """Every figure of the report, in reading order."""
+    """Every figure of the report that has something to show, in reading order."""
     with house_style():
-        return [
+        plots = [
             _plot(
                 result,
                 error_against_time,
@@ -66,9 +66,12 @@ def draw_all(result: CompareResult) -> list[Plot]:
                 "Total energy in NVE, per atom, from where it started; the straight line is the drift.",
             ),
         ]
+    return [plot for plot in plots if plot is not None]
 
 
-def _plot(result: CompareResult, draw: Callable[[CompareResult], Any], title: str, caption: str) -> Plot:
+def _plot(result: CompareResult, draw: Callable[[CompareResult], Any], title: str, caption: str) -> Plot | None:
+    if not any(_SHOWS[draw](p) for p in result.potentials):
+        return None
     return Plot(title, caption, to_svg(draw(result), title))
 
 
@@ -76,10 +79,12 @@ def error_against_time(result: CompareResult) -> Any:
     """rmse_equiv of every frame in meV/Å against ps, logarithmic, with the floors."""
     figure, axes = new_axes()
     for k, p in enumerate(result.potentials):
+        if not p.trajectory.times_fs:
+            continue
         times = np.array(p.trajectory.times_fs) / 1e3
         values = _MEV * np.maximum(p.trajectory.rmse_equiv, 1e-17)
         axes.plot(times, values, line(k), color=colour(k), marker=marker(k), label=p.name)
-        if p.equivariance.force.floor:
+        if p.equivariance is not None and p.equivariance.force.floor:
             axes.axhline(_MEV * p.equivariance.force.floor, color=colour(k), linewidth=0.9, linestyle=":")
     axes.set_yscale("log")
     _room_on_log(axes, "y", above=4.0)
@@ -113,6 +118,8 @@ def percent_of_loss(result: CompareResult) -> Any:
             fontsize=8,
         )
     for k, p in enumerate(result.potentials):
+        if not _has_share(p):
+            continue
         times = np.array(p.trajectory.times_fs) / 1e3
         values = [v if v and v > 0 else math.nan for v in p.trajectory.percent_of_loss]
         axes.plot(times, values, line(k), color=colour(k), marker=marker(k), label=p.name)
@@ -128,13 +135,13 @@ def percent_of_loss(result: CompareResult) -> Any:
 def error_by_element(result: CompareResult) -> Any:
     """Force RMSE (filled) and equivariance error (open) of each element in meV/Å, logarithmic."""
     figure, axes = new_axes()
-    elements = sorted({e for p in result.potentials for e in p.accuracy.force_per_element})
+    errors = [_of_elements(p) for p in result.potentials]
+    elements = sorted({element for pair in errors for part in pair for element in part})
     width = 0.5 / len(result.potentials)
-    for k, p in enumerate(result.potentials):
-        force, equivariance = p.accuracy.force_per_element, p.equivariance.force.per_element
+    for k, (p, (force, equivariance)) in enumerate(zip(result.potentials, errors, strict=True)):
         for place, element in enumerate(elements):
             x = place + (k - (len(result.potentials) - 1) / 2) * width
-            top = _MEV * force[element].rmse if element in force else math.nan
+            top = _MEV * force.get(element, math.nan)
             bottom = _MEV * max(equivariance.get(element, math.nan), 1e-17)
             axes.plot([x, x], [top, bottom], color=colour(k), linewidth=1.2, alpha=0.5)
             axes.plot([x], [top], marker(k), color=colour(k), markersize=7, label=None if place else p.name)
@@ -150,28 +157,35 @@ def error_by_element(result: CompareResult) -> Any:
     return figure
 
 
+def _of_elements(p: PotentialResult) -> tuple[dict[str, float], dict[str, float]]:
+    """Force RMSE and equivariance error by element, eV/Å; empty if unknown."""
+    force = {} if p.accuracy is None else {e: one.rmse for e, one in p.accuracy.force_per_element.items()}
+    return force, {} if p.equivariance is None else p.equivariance.force.per_element
+
+
 def force_parity(result: CompareResult) -> Any:
     """Force components against the reference, and residuals below, on equal scales for all potentials."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    n = len(result.potentials)
+    shown = [(k, p) for k, p in enumerate(result.potentials) if p.parity.reference]
+    n = len(shown)
     axes = figure.subplots(2, n, sharex=True, sharey="row", squeeze=False, height_ratios=(1.7, 1))
-    width = _MEV * max(_robust_width(p.parity) for p in result.potentials)
-    limit = max((max(map(abs, p.parity.reference), default=1.0) for p in result.potentials), default=1.0) * 1.05
-    for k, p in enumerate(result.potentials):
+    width = _MEV * max(_robust_width(p.parity) for _, p in shown)
+    limit = max(max(map(abs, p.parity.reference)) for _, p in shown) * 1.05
+    for place, (k, p) in enumerate(shown):
         reference, predicted = np.array(p.parity.reference), np.array(p.parity.predicted)
         style = {"linestyle": "none", "marker": marker(k), "markersize": 1.8, "color": colour(k), "alpha": 0.45}
         style |= {"markeredgewidth": 0, "rasterized": True}
-        axes[0, k].plot([-limit, limit], [-limit, limit], color=GRID, linewidth=1.2)
-        axes[0, k].plot(reference, predicted, **style)
-        axes[1, k].axhline(0, color=GRID, linewidth=1.2)
-        axes[1, k].plot(reference, _MEV * (predicted - reference), **style)
-        axes[0, k].set_title(_shortened(p.name, _NAME // n), fontsize=9, color=colour(k))
-        axes[1, k].set_xlabel("reference / eV Å⁻¹")
-        axes[0, k].set_xlim(-limit, limit)
-        axes[0, k].set_ylim(-limit, limit)
-        axes[1, k].set_ylim(-width, width)
+        axes[0, place].plot([-limit, limit], [-limit, limit], color=GRID, linewidth=1.2)
+        axes[0, place].plot(reference, predicted, **style)
+        axes[1, place].axhline(0, color=GRID, linewidth=1.2)
+        axes[1, place].plot(reference, _MEV * (predicted - reference), **style)
+        axes[0, place].set_title(_shortened(p.name, _NAME // n), fontsize=9, color=colour(k))
+        axes[1, place].set_xlabel("reference / eV Å⁻¹")
+        axes[0, place].set_xlim(-limit, limit)
+        axes[0, place].set_ylim(-limit, limit)
+        axes[1, place].set_ylim(-width, width)
     axes[0, 0].set_ylabel("predicted / eV Å⁻¹")
     axes[1, 0].set_ylabel("residual\nmeV Å⁻¹")
     return figure
@@ -188,7 +202,7 @@ def error_against_speed(result: CompareResult) -> Any:
     figure, axes = new_axes()
     points = []
     for k, p in enumerate(result.potentials):
-        if p.accuracy.force is None:
+        if p.throughput is None or p.accuracy is None or p.accuracy.force is None:
             continue
         x, y = p.throughput.ns_per_device_hour, _MEV * p.accuracy.force.mae
         points.append((x, y))
@@ -221,15 +235,34 @@ def energy_conservation(result: CompareResult) -> Any:
     """Total energy per atom in meV against ps, with the fitted drift."""
     figure, axes = new_axes()
     for k, p in enumerate(result.potentials):
+        if not p.nve_energy.times_fs:
+            continue
         times = np.array(p.nve_energy.times_fs) / 1e3
         values = np.array(p.nve_energy.mev_per_atom)
         axes.plot(times, values, line(k), color=colour(k), linewidth=0.8, alpha=0.65, label=p.name)
+        if p.nve is None:  # the run stopped, so no line is fitted
+            continue
         drift = p.nve.drift_mev_per_atom_per_ps
         axes.plot(times, values.mean() + drift * (times - times.mean()), color=colour(k), linewidth=1.8)
     axes.set_xlabel("time / ps")
     axes.set_ylabel("total energy − start / meV per atom")
     _legend_above(axes)
     return figure
+
+
+def _has_share(p: PotentialResult) -> bool:
+    return any(math.isfinite(value) for value in p.trajectory.percent_of_loss)
+
+
+# Whether a figure has something to show of a potential.
+_SHOWS: dict[Callable[[CompareResult], Any], Callable[[PotentialResult], bool]] = {
+    error_against_time: lambda p: bool(p.trajectory.times_fs),
+    percent_of_loss: _has_share,
+    error_by_element: lambda p: any(_of_elements(p)),
+    force_parity: lambda p: bool(p.parity.reference),
+    error_against_speed: lambda p: p.throughput is not None and p.accuracy is not None and p.accuracy.force is not None,
+    energy_conservation: lambda p: bool(p.nve_energy.times_fs),
+}
 
 
 def _positive(values: list[float]) -> list[float]:

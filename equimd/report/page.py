@@ -3,7 +3,7 @@
 from html import escape
 from importlib import resources
 
-from equimd.report.comparison import CompareResult
+from equimd.report.comparison import CompareResult, PotentialResult
 from equimd.report.figures import Plot, draw_all
 from equimd.report.style import colour
 from equimd.report.table import levels, method, rows
@@ -57,17 +57,26 @@ def _formula(formula: str) -> str:
 
 
 def _verdict(result: CompareResult) -> str:
-    cards = "\n".join(
-        f'<div class="card" style="border-top-color:{colour(k)}">\n<p class="name">{escape(p.name)}</p>\n'
-        f'<p class="level">{escape(WORDS[p.verdict.level].split(":")[0])}</p>\n'
-        f'<p class="because">{escape(p.verdict.text)}</p>\n</div>'
-        for k, p in enumerate(result.potentials)
-    )
-    own = [p.verdict.text for p in result.potentials]
+    cards = "\n".join(_card(p, colour(k)) for k, p in enumerate(result.potentials))
+    own = [p.verdict.text for p in result.potentials if p.verdict is not None]
+    own += [p.stopped.in_words() for p in result.potentials if p.stopped is not None]
     lines = "\n".join(f"<li>{escape(line)}</li>" for line in in_words(result.potentials) if not _repeats(line, own))
     return (
         '<section class="verdict">\n<h2>Is the symmetry error worth worrying about?</h2>\n'
         f'<div class="cards">\n{cards}\n</div>\n<ul>\n{lines}\n</ul>\n</section>'
+    )
+
+
+def _card(p: PotentialResult, shade: str) -> str:
+    """Name, verdict and reason; what a potential did not survive comes before its symmetry."""
+    level = "not known" if p.verdict is None else WORDS[p.verdict.level].split(":")[0]
+    because = [] if p.verdict is None else [p.verdict.text]
+    if p.stopped is not None:
+        level, because = p.stopped.briefly(), [p.stopped.in_words(), *because]
+    reasons = "\n".join(f'<p class="because">{escape(text)}</p>' for text in because)
+    return (
+        f'<div class="card" style="border-top-color:{shade}">\n<p class="name">{escape(p.name)}</p>\n'
+        f'<p class="level">{escape(level)}</p>\n{reasons}\n</div>'
     )
 
 
@@ -105,52 +114,92 @@ def _figures(plots: list[Plot], note: str) -> str:
 
 
 def _methods(result: CompareResult) -> str:
-    s, first = result.settings, result.potentials[0]
-    group = first.equivariance.group
-    space = "O(3)" if group.inversion else "SO(3)"
-    kind = f"quadrature of degree {group.degree}" if group.kind == "quadrature" else "random rotations"
-    check = first.equivariance.degree_check
-    nve = first.nve.duration_ps
+    s = result.settings
     items = [
         f"Langevin dynamics at {s.temperature_K:g} K, friction {s.friction_per_fs:g} fs⁻¹, time step {s.timestep_fs:g} "
         f"fs, {s.steps:,} steps, seed {s.seed}; all potentials start from the same positions and velocities.",
-        f"{first.equivariance.n_frames} evenly spaced frames of each run are labelled with "
-        f"{method(result.reference)}. Accuracy is over all {first.accuracy.n_frames} labelled frames of all runs, "
-        "so that every potential meets the same structures, equivariance on the frames of its own run.",
+        *_accuracy_method(result),
+        *_equivariance_method(result),
+        *_dynamics_method(result),
+        *_degree_check(result),
+    ]
+    lines = "\n".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<section class="methods">\n<h2>How it was measured</h2>\n<ul>\n{lines}\n</ul>\n</section>'
+
+
+def _accuracy_method(result: CompareResult) -> list[str]:
+    accuracy = next((p.accuracy for p in result.potentials if p.accuracy is not None), None)
+    if accuracy is None:
+        return ["No frame was labelled, so errors are not known."]
+    stopped = [p.name for p in result.potentials if p.stopped is not None and p.stopped.ensemble == "nvt"]
+    if len(stopped) == len(result.potentials):
+        stopped = []  # no run is whole: all are pooled
+    note = f" Frames of {' and '.join(stopped)}, whose run is not whole, are not among them." if stopped else ""
+    return [
+        f"Up to {result.settings.frames} evenly spaced frames of each run are labelled with "
+        f"{method(result.reference)}. Accuracy is over the {accuracy.n_frames} labelled frames of all runs, "
+        f"so that every potential meets the same structures, equivariance on the frames of its own run.{note}"
+    ]
+
+
+def _equivariance_method(result: CompareResult) -> list[str]:
+    measured = next((p.equivariance for p in result.potentials if p.equivariance is not None), None)
+    if measured is None:
+        return ["No run has a frame beyond its start, so symmetry errors are not known."]
+    group = measured.group
+    space = "O(3)" if group.inversion else "SO(3)"
+    kind = f"quadrature of degree {group.degree}" if group.kind == "quadrature" else "random rotations"
+    return [
         f"Equivariance error: forces of {group.n_rotations} rotated copies of each frame ({kind} on {space}), rotated "
         "back; their spread about the mean. The mean squared error splits exactly into the error of that mean and "
         "this spread: the share of the loss.",
         *_parts_and_floor(result),
         f"Verdict: below three rounding floors exact; below {NEGLIGIBLE:g} of the force error negligible here; up to "
         f"{VISIBLE:g} visible; above, dominant.",
-        f"NVE: {nve:g} ps from the end of the Langevin run; drift by least squares, with a standard error that "
-        "respects autocorrelation but cannot know of changes slower than the run. Speed: median over blocks of MD "
-        "steps after a warm-up; a device-hour is one hour of "
-        f"{first.throughput.device}.",
     ]
-    if check is not None:
-        changes = ", ".join(
-            f"{100 * p.equivariance.degree_check.relative_change:+.2g} % ({p.name})"
-            for p in result.potentials
-            if p.equivariance.degree_check is not None and p.verdict.level != "exact"
+
+
+def _dynamics_method(result: CompareResult) -> list[str]:
+    drift = next((p.nve for p in result.potentials if p.nve is not None), None)
+    speed = next((p.throughput for p in result.potentials if p.throughput is not None), None)
+    items = []
+    if drift is not None:
+        items.append(
+            f"NVE: {drift.duration_ps:g} ps from the end of the Langevin run; drift by least squares, with a standard "
+            "error that respects autocorrelation but cannot know of changes slower than the run."
         )
-        if changes:
-            items.append(
-                f"Raising the quadrature to degree {check.degree} changes the equivariance error by {changes}."
-            )
-    lines = "\n".join(f"<li>{escape(item)}</li>" for item in items)
-    return f'<section class="methods">\n<h2>How it was measured</h2>\n<ul>\n{lines}\n</ul>\n</section>'
+    if speed is not None:
+        items.append(
+            f"Speed: median over blocks of MD steps after a warm-up; a device-hour is one hour of {speed.device}."
+        )
+    return items
+
+
+def _degree_check(result: CompareResult) -> list[str]:
+    checks = [
+        (p.name, check)
+        for p in result.potentials
+        if p.equivariance is not None
+        and (check := p.equivariance.degree_check) is not None
+        and p.verdict is not None
+        and p.verdict.level != "exact"
+    ]
+    if not checks:
+        return []
+    changes = ", ".join(f"{100 * check.relative_change:+.2g} % ({name})" for name, check in checks)
+    return [f"Raising the quadrature to degree {checks[0][1].degree} changes the equivariance error by {changes}."]
 
 
 def _parts_and_floor(result: CompareResult) -> list[str]:
-    """How the symmetry error is split over O(3), and where the floors come from."""
+    """How the symmetry error is split over O(3), and where the floors come from; of those that have one."""
     items = []
-    if result.potentials[0].equivariance.group.inversion:
+    measured = [p.equivariance for p in result.potentials if p.equivariance is not None]
+    if measured[0].group.inversion:
         items.append(
             "Rotations alone: the spread over SO(3), of each frame and of its mirror image. From inversion: half the "
             "difference between the means of the two. Their squares add up to that of the equivariance error."
         )
-    kinds = {p.equivariance.force.floor_kind for p in result.potentials}
+    kinds = {equivariance.force.floor_kind for equivariance in measured}
     if "measured" in kinds:
         items.append("Rounding floor: the difference between forces in float32 and in float64, rotations as above.")
     if "estimated" in kinds:
@@ -164,8 +213,9 @@ def _parts_and_floor(result: CompareResult) -> list[str]:
 def _footer(result: CompareResult) -> str:
     p = result.provenance
     versions = " · ".join(f"{name} {version}" for name, version in p.versions.items() if version != "not installed")
-    devices = sorted({f"{q.throughput.device}, {q.throughput.dtype}" for q in result.potentials})
-    machine = f"{p.processor}, threads: {p.n_threads}; {'; '.join(devices)}; {result.wall_seconds:.0f} s in all"
+    timed = [q.throughput for q in result.potentials if q.throughput is not None]
+    devices = sorted({f"{throughput.device}, {throughput.dtype}" for throughput in timed})
+    machine = "; ".join((f"{p.processor}, threads: {p.n_threads}", *devices, f"{result.wall_seconds:.0f} s in all"))
     return (
         f"<footer>\n<p>{escape(p.date)} · {escape(machine)}</p>\n"
         f"<p>python {escape(p.python)} · {escape(versions)}</p>\n"

@@ -1,9 +1,14 @@
 """The one clear table: its rows as text, for the terminal (rich) and for the page."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from equimd.analysis.accuracy import AccuracyResult, Errors
+from equimd.analysis.equivariance_results import EquivarianceResult
+from equimd.analysis.stability import StabilityResult
+from equimd.analysis.throughput import ThroughputResult
 from equimd.references import METHODS
-from equimd.report.comparison import CompareResult, PotentialResult
+from equimd.report.comparison import CompareResult
 from equimd.report.numbers import number, with_error
 from equimd.report.verdict import WORDS
 from equimd.units import GPA
@@ -18,32 +23,19 @@ class Row(NamedTuple):
 
 
 def rows(result: CompareResult) -> list[Row]:
-    """The table of a comparison, from accuracy to cost."""
-    table = [
-        ("Force error (MAE)", "meV/Å", _force_mae),
-        ("Force error (RMSE)", "meV/Å", _force_rmse),
-        ("Energy error (MAE)", "meV/atom", _energy_mae),
-        ("Stress error (MAE)", "meV/Å³ (GPa)", _stress_mae),
-        ("Equivariance error", "meV/Å", _equivariance),
-        ("  rotations alone", "meV/Å", _proper),
-        ("  from inversion", "meV/Å", _inversion),
-        ("  rounding floor", "meV/Å", _floor),
-        ("  of the RMS force", "", lambda p: number(p.equivariance.force.relative)),
-        ("  worst atom", "meV/Å", _worst),
-        ("  energy spread", "meV/atom", lambda p: number(1e3 * p.equivariance.energy.std_per_atom)),
-        ("  stress spread", "meV/Å³ (GPa)", lambda p: _stress(p, "rmse_equiv")),
-        ("  stress asymmetry", "meV/Å³ (GPa)", lambda p: _stress(p, "antisymmetric")),
-        ("Share of the loss", "%", _percent),
-        ("Symmetry error is", "", lambda p: WORDS[p.verdict.level].split(":")[0]),
-        ("NVE energy drift", "meV/atom/ps", _drift),
-        ("Speed", "ns/day", lambda p: number(p.throughput.ns_per_day)),
-        ("  one MD step", "ms", _step),
-        ("  per device-hour", "ns", lambda p: number(p.throughput.ns_per_device_hour)),
-        ("Parameters", "", lambda p: "–" if p.n_parameters is None else f"{p.n_parameters:,}"),
-        ("Training", "device-hours", _training),
+    """The table of a comparison, from accuracy to cost; a dash stands for what could not be measured."""
+    out = [
+        Row(label, unit, [_text(getattr(p, part), value) for p in result.potentials])
+        for label, unit, part, value in _TABLE
     ]
-    out = [Row(label, unit, [value(p) for p in result.potentials]) for label, unit, value in table]
+    if any(p.stopped is not None for p in result.potentials):
+        ends = [p.stopped.briefly() if p.stopped is not None else "to its end" for p in result.potentials]
+        out.insert(0, Row("Molecular dynamics", "", ends))
     return [row for row in out if any(value != "–" for value in row.values)]
+
+
+def _text(part: Any, value: Callable[[Any], str]) -> str:
+    return "–" if part is None else value(part)
 
 
 def rich_table(result: CompareResult) -> Any:
@@ -80,20 +72,16 @@ def method(reference: str) -> str:
     return METHODS.get(reference, reference)
 
 
-def _force_mae(p: PotentialResult) -> str:
-    return number(1e3 * p.accuracy.force.mae) if p.accuracy.force else "–"
+def _mae(errors: Errors | None) -> str:
+    return "–" if errors is None else number(1e3 * errors.mae)
 
 
-def _force_rmse(p: PotentialResult) -> str:
-    return number(1e3 * p.accuracy.force.rmse) if p.accuracy.force else "–"
+def _force_rmse(accuracy: AccuracyResult) -> str:
+    return number(1e3 * accuracy.force.rmse) if accuracy.force else "–"
 
 
-def _energy_mae(p: PotentialResult) -> str:
-    return number(1e3 * p.accuracy.energy_per_atom.mae) if p.accuracy.energy_per_atom else "–"
-
-
-def _stress_mae(p: PotentialResult) -> str:
-    return _both_units(p.accuracy.stress.mae) if p.accuracy.stress else "–"
+def _stress_mae(accuracy: AccuracyResult) -> str:
+    return _both_units(accuracy.stress.mae) if accuracy.stress else "–"
 
 
 def _both_units(stress: float) -> str:
@@ -105,48 +93,71 @@ def _part(root: float | None, stderr: float) -> str:
     return "–" if root is None else with_error(1e3 * root, 1e3 * stderr)
 
 
-def _proper(p: PotentialResult) -> str:
-    return _part(p.equivariance.force.proper, p.equivariance.force.proper_stderr)
+def _proper(equivariance: EquivarianceResult) -> str:
+    return _part(equivariance.force.proper, equivariance.force.proper_stderr)
 
 
-def _inversion(p: PotentialResult) -> str:
-    return _part(p.equivariance.force.inversion, p.equivariance.force.inversion_stderr)
+def _inversion(equivariance: EquivarianceResult) -> str:
+    return _part(equivariance.force.inversion, equivariance.force.inversion_stderr)
 
 
-def _floor(p: PotentialResult) -> str:
-    force = p.equivariance.force
+def _floor(equivariance: EquivarianceResult) -> str:
+    force = equivariance.force
     note = " (estimated)" if force.floor_kind == "estimated" else ""
     return number(None if force.floor is None else 1e3 * force.floor, 2) + note
 
 
-def _stress(p: PotentialResult, field: str) -> str:
-    stress = p.equivariance.stress
+def _stress(equivariance: EquivarianceResult, field: str) -> str:
+    stress = equivariance.stress
     return "–" if stress is None else _both_units(getattr(stress, field))
 
 
-def _equivariance(p: PotentialResult) -> str:
-    force = p.equivariance.force
-    return with_error(1e3 * force.rmse_equiv, 1e3 * force.stderr)
+def _equivariance(equivariance: EquivarianceResult) -> str:
+    return with_error(1e3 * equivariance.force.rmse_equiv, 1e3 * equivariance.force.stderr)
 
 
-def _worst(p: PotentialResult) -> str:
-    worst = p.equivariance.force.worst_atom
+def _worst(equivariance: EquivarianceResult) -> str:
+    worst = equivariance.force.worst_atom
     return f"{number(1e3 * worst.rmse_equiv)} ({worst.element}{worst.index})"
 
 
-def _percent(p: PotentialResult) -> str:
-    loss = p.equivariance.loss
+def _percent(equivariance: EquivarianceResult) -> str:
+    loss = equivariance.loss
     return "–" if loss is None else with_error(loss.percent_of_loss, loss.stderr)
 
 
-def _drift(p: PotentialResult) -> str:
-    return with_error(p.nve.drift_mev_per_atom_per_ps, p.nve.stderr)
+def _bonds(stability: StabilityResult) -> str:
+    return "–" if stability.first_broken_ps is None else f"change at {number(stability.first_broken_ps)} ps"
 
 
-def _step(p: PotentialResult) -> str:
-    note = " (unstable)" if p.throughput.unstable else ""
-    return number(p.throughput.ms_per_step.median) + note
+def _step(throughput: ThroughputResult) -> str:
+    note = " (unstable)" if throughput.unstable else ""
+    return number(throughput.ms_per_step.median) + note
 
 
-def _training(p: PotentialResult) -> str:
-    return number(p.training_device_hours, 2)
+# Label, unit, the part of a PotentialResult that is needed, and its text.
+_TABLE: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("Bonds of the start", "", "stability", _bonds),
+    ("Force error (MAE)", "meV/Å", "accuracy", lambda a: _mae(a.force)),
+    ("Force error (RMSE)", "meV/Å", "accuracy", _force_rmse),
+    ("Energy error (MAE)", "meV/atom", "accuracy", lambda a: _mae(a.energy_per_atom)),
+    ("Stress error (MAE)", "meV/Å³ (GPa)", "accuracy", _stress_mae),
+    ("Equivariance error", "meV/Å", "equivariance", _equivariance),
+    ("  rotations alone", "meV/Å", "equivariance", _proper),
+    ("  from inversion", "meV/Å", "equivariance", _inversion),
+    ("  rounding floor", "meV/Å", "equivariance", _floor),
+    ("  of the RMS force", "", "equivariance", lambda e: number(e.force.relative)),
+    ("  worst atom", "meV/Å", "equivariance", _worst),
+    ("  energy spread", "meV/atom", "equivariance", lambda e: number(1e3 * e.energy.std_per_atom)),
+    ("  stress spread", "meV/Å³ (GPa)", "equivariance", lambda e: _stress(e, "rmse_equiv")),
+    ("  stress asymmetry", "meV/Å³ (GPa)", "equivariance", lambda e: _stress(e, "antisymmetric")),
+    ("Share of the loss", "%", "equivariance", _percent),
+    ("Symmetry error is", "", "verdict", lambda v: WORDS[v.level].split(":")[0]),
+    ("NVE energy drift", "meV/atom/ps", "nve", lambda d: with_error(d.drift_mev_per_atom_per_ps, d.stderr)),
+    ("Speed", "ns/day", "throughput", lambda t: number(t.ns_per_day)),
+    ("  one MD step", "ms", "throughput", _step),
+    ("  per device-hour", "ns", "throughput", lambda t: number(t.ns_per_device_hour)),
+    ("Frames without labels", "", "n_failed", lambda n: f"{n}" if n else "–"),
+    ("Parameters", "", "n_parameters", lambda n: f"{n:,}"),
+    ("Training", "device-hours", "training_device_hours", lambda hours: number(hours, 2)),
+)

@@ -101,54 +101,75 @@ def _level(ratio: float, exact: bool) -> Level:
 
 
 def in_words(potentials: list[PotentialResult]) -> list[str]:
-    """The comparison in sentences: symmetry of each, then accuracy, speed and energy conservation of the pair."""
-    lines = [f"{p.name}: {p.verdict.text}." for p in potentials]
-    lines += [line for p in potentials if (line := stress_in_words(p.equivariance))]
-    lines += [f"{p.name}: {p.accuracy.suspicious}." for p in potentials if p.accuracy.suspicious]
+    """The comparison in sentences: survival and symmetry of each, then accuracy, speed and energy conservation."""
+    lines = [line for p in potentials for line in _survival(p)]
+    lines += [f"{p.name}: {p.verdict.text}." for p in potentials if p.verdict is not None]
+    lines += [line for p in potentials if p.equivariance is not None and (line := stress_in_words(p.equivariance))]
+    lines += [f"{p.name}: {p.accuracy.suspicious}." for p in potentials if p.accuracy and p.accuracy.suspicious]
     lines += [line for p in potentials if (line := _averaging(p))]
     if len(potentials) > 1:
         lines += [_accuracy(potentials), _speed(potentials)]
-    return [*lines, _drift(potentials)]
+    return [line for line in (*lines, _drift(potentials)) if line]
+
+
+def _survival(p: PotentialResult) -> list[str]:
+    """What went wrong in the runs of a potential: nothing, an explosion, a bond, missing labels."""
+    lines = [f"{p.name}: {p.stopped.in_words()}."] if p.stopped is not None else []
+    if p.stability is not None and p.stability.broken_bond is not None:
+        i, j = p.stability.broken_bond
+        lines.append(
+            f"{p.name}: the distance of atoms {i} and {j}, which are bonded at the start, changes by more than"
+            f" {p.stability.tolerance:g} Å at {number(p.stability.first_broken_ps)} ps."
+        )
+    if p.n_failed:
+        lines.append(f"The reference fails on {p.n_failed} frames of {p.name}, which are left out of its errors.")
+    return lines
 
 
 def _averaging(p: PotentialResult) -> str:
+    if p.verdict is None or p.verdict.level in ("exact", "negligible"):
+        return ""
     k = p.verdict.rotations_needed
-    if p.verdict.level in ("exact", "negligible") or k is None or k < 2:
+    if k is None or k < 2:
         return ""
     return f"Averaging {p.name} over {k} random rotations, at {k} times its cost, would make it negligible."
 
 
 def _accuracy(potentials: list[PotentialResult]) -> str:
-    ranked = sorted((p for p in potentials if p.accuracy.force), key=lambda p: p.accuracy.force.mae)  # type: ignore[union-attr]
-    if len(ranked) < 2:
+    errors = {p.name: p.accuracy.force.mae for p in potentials if p.accuracy is not None and p.accuracy.force}
+    if len(errors) < 2:
         return "Forces could not be compared with the reference."
-    best, last = ranked[0], ranked[-1]
-    assert best.accuracy.force is not None
-    assert last.accuracy.force is not None
-    factor = last.accuracy.force.mae / best.accuracy.force.mae if best.accuracy.force.mae > 0 else float("inf")
+    ranked = sorted(errors, key=lambda name: errors[name])
+    best, last = errors[ranked[0]], errors[ranked[-1]]
+    factor = last / best if best > 0 else float("inf")
     if factor < 1.05:
         return "On the same frames their force errors are the same within 5 %."
-    return f"On the same frames {best.name} has the smaller force error, by a factor of {factor:.2g}."
+    return f"On the same frames {ranked[0]} has the smaller force error, by a factor of {factor:.2g}."
 
 
 def _speed(potentials: list[PotentialResult]) -> str:
-    ranked = sorted(potentials, key=lambda p: p.throughput.ms_per_step.median)
-    best, last = ranked[0], ranked[-1]
-    factor = last.throughput.ms_per_step.median / best.throughput.ms_per_step.median
-    unstable = [p.name for p in potentials if p.throughput.unstable]
+    timed = {p.name: p.throughput for p in potentials if p.throughput is not None}
+    if len(timed) < 2:
+        return ""
+    ranked = sorted(timed, key=lambda name: timed[name].ms_per_step.median)
+    factor = timed[ranked[-1]].ms_per_step.median / timed[ranked[0]].ms_per_step.median
+    unstable = [name for name, throughput in timed.items() if throughput.unstable]
     note = f" (timings of {' and '.join(unstable)} were unstable: the machine was busy)" if unstable else ""
     if factor < 1.05:
         return f"They run equally fast within 5 %{note}."
-    return f"{best.name} runs {factor:.2g} times faster{note}."
+    return f"{ranked[0]} runs {factor:.2g} times faster{note}."
 
 
 def _drift(potentials: list[PotentialResult]) -> str:
+    measured = {p.name: p.nve for p in potentials if p.nve is not None}
+    if not measured:
+        return "No potential reached the end of its NVE run, so energy conservation is not known."
     drifting = [p for p in potentials if drift_is_significant(p)]
     if not drifting:
-        return (
-            f"In {potentials[0].nve.duration_ps:g} ps of NVE no run gains or loses more energy than it fluctuates by."
-        )
-    parts = [f"{p.name} by {number(p.nve.drift_mev_per_atom_per_ps, 2)} meV/atom/ps" for p in drifting]
+        duration = next(iter(measured.values())).duration_ps
+        who = "no run" if len(measured) == len(potentials) else "no run that reached its end"
+        return f"In {duration:g} ps of NVE {who} gains or loses more energy than it fluctuates by."
+    parts = [f"{p.name} by {number(measured[p.name].drift_mev_per_atom_per_ps, 2)} meV/atom/ps" for p in drifting]
     return f"Energy drifts in NVE with {' and '.join(parts)}."
 
 
@@ -160,6 +181,8 @@ def drift_is_significant(p: PotentialResult) -> bool:
     knows nothing of slower changes.
     """
     nve = p.nve
+    if nve is None:
+        return False
     change = abs(nve.drift_mev_per_atom_per_ps)
     beyond_errors = change > SIGNIFICANT * nve.stderr
     return beyond_errors and change * nve.duration_ps > SIGNIFICANT * nve.fluctuation_mev_per_atom

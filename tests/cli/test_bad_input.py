@@ -341,7 +341,7 @@ def test_full_disk(potentials, labelled, run):
 
 
 def test_full_disk_during_md_keeps_what_was_written(potentials, run, monkeypatch):
-    import equimd.md.run as md_run
+    import equimd.md.checkpoint as checkpoint
 
     written = []
 
@@ -351,7 +351,7 @@ def test_full_disk_during_md_keeps_what_was_written(potentials, run, monkeypatch
             raise OSError(28, "No space left on device", str(path))
         path.write_text(text)
 
-    monkeypatch.setattr(md_run, "write_text_atomically", full_later)
+    monkeypatch.setattr(checkpoint, "write_text_atomically", full_later)
     potential = potentials["equivariant"]
     arguments = ("--steps", 20, "--stride", 1, "--checkpoint-every", 5)
     result = run("md", potential, Path(potential) / "start.xyz", "-o", "run.h5", *arguments)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -245,13 +248,70 @@ def test_md_and_resume(run, potentials):
     assert first["n_frames"] == 3
     assert run(*command, "--steps", 8, "--resume").exit_code == 0
     assert len(read_list("run.h5")) == 5
+    assert run(*command, "--steps", 8, "--resume").exit_code == 0  # it is done
+    fewer = run(*command, "--steps", 5, "--resume")
+    assert (fewer.exit_code, len(read_list("run.h5"))) == (2, 5)
+    assert "steps is 5, and the run has done 8" in fewer.stderr
+
+
+def test_md_starts_from_the_frame_that_is_asked_for(run, refused, potentials):
+    start = Path(potentials["equivariant"]) / "start.xyz"
+    md = ("md", potentials["equivariant"])
+    assert run(*md, start, "-o", "one.h5", "--steps", 4, "--stride", 2).stderr == ""
+    first = run(*md, "one.h5", "-o", "two.h5", "--steps", 0)
+    assert "one.h5 holds 3 frames: the run starts from the first" in first.stderr
+    last = run(*md, "one.h5", "-o", "three.h5", "--steps", 0, "--frame", -1, "--resume")
+    assert "there is no run at three.h5 to continue: it begins at step 0" in last.stderr
+    assert len(last.stderr.splitlines()) == 1
+    frames = read_list("one.h5")
+    assert (read_list("two.h5")[0].positions == frames[0].positions).all()
+    assert (read_list("three.h5")[0].positions == frames[-1].positions).all()
+    assert abs(read_list("three.h5")[0].get_momenta() - frames[-1].get_momenta()).max() < 1e-12  # and goes on moving
+    assert "--frame is 3" in refused(*md, "one.h5", "-o", "four.h5", "--frame", 3)
+    assert "is one structure" in refused(*md, "ethanol-equivariant", "-o", "four.h5", "--frame", 3)
+
+
+def test_md_shows_volume_density_and_pressure(run, potentials):
+    ice = read_list(Path(potentials["equivariant"]) / "start.xyz")[0]
+    ice.set_cell([12.0, 12.0, 12.0])
+    ice.pbc = True
+    write_frames("ice.xyz", [ice])
+    shown = run("md", potentials["equivariant"], "ice.xyz", "-o", "run.h5", "--steps", 20, "--stride", 1)
+    assert shown.exit_code == 0, shown.stderr
+    # one molecule of 18.015 amu in 1728 Å³
+    for row in (
+        r"Mean volume +1,728 +Å³",
+        r"Mean density +0\.0173 +g/cm³",
+        r"Mean pressure .* bar",
+        r"GPa",
+        r" ± .* K",
+    ):
+        assert re.search(row, shown.stdout), row
+    gas = run("md", potentials["equivariant"], Path(potentials["equivariant"]) / "start.xyz", "-o", "gas.h5")
+    assert "olume" not in gas.stdout
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(run, potentials, monkeypatch):
+    import equimd.md.run as md_run
+
+    def terminated(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(md_run, "_advance", terminated)
+    start = Path(potentials["equivariant"]) / "start.xyz"
+    result = run("md", potentials["equivariant"], start, "-o", "run.h5", "--steps", 4, "--stride", 1)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == ["equimd: error: interrupted; files written so far are whole and stay"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_explosion_is_a_failure_with_a_line(run, potentials, monkeypatch):
     start = Path(potentials["equivariant"]) / "start.xyz"
-    result = run("md", potentials["equivariant"], start, "-o", "run.h5", "--temperature", 90000, "--steps", 10)
+    result = run("md", potentials["equivariant"], start, "-o", "run.h5", "--temperature", 90000, "--steps", 20)
     assert result.exit_code == 1
-    assert "the run stopped" in result.stderr
+    assert "the run stopped at 0.000" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert read_list("run.h5")
 
@@ -290,6 +350,18 @@ def test_compare_and_report(run, potentials):
     assert again.exit_code == 0, again.stderr
     assert "Equivariance error" in again.stdout
     assert Path("out/report.html").read_text() == page
+
+
+def test_a_comparison_in_which_all_explode_is_an_answer(run, refused, potentials):
+    command = ("compare", potentials["equivariant"], "--steps", 6, "--frames", 3, "--block-seconds", 0.001)
+    result = run(*command, "-o", "out", "--temperature", 90000)
+    assert result.exit_code == 0, result.stderr
+    assert "equimd: warning: tiny-equivariant: it explodes at 0.000" in result.stderr
+    assert "explodes at 0.000" in result.stdout
+    assert "explodes at 0.000" in Path("out/report.html").read_text()
+    again = run(*command, "-o", "out", "--temperature", 90000, "--resume", "--json", "-")
+    assert as_json(again)["potentials"][0]["stopped"]["what"] == "explodes"
+    assert "temperature_K was 90000.0 and is 300.0" in refused(*command, "-o", "out", "--resume")
 
 
 def test_threads_are_set_recorded_and_restored(monkeypatch):

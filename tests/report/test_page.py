@@ -15,6 +15,7 @@ from equimd.report import load_results, write_report
 from equimd.report.figures import pareto_front
 from equimd.report.page import _methods, render
 from equimd.report.table import rich_table, rows
+from equimd.report.verdict import in_words
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -132,6 +133,46 @@ def test_results_survive_the_file(result, tmp_path):
     path = write_report(again, tmp_path)
     assert path == tmp_path / "report.html"
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "report.html"}
+
+
+def test_results_of_an_earlier_version_are_drawn(result, page, tmp_path):
+    stored = json.loads(result.to_json())
+    for p in stored["potentials"]:
+        for new in ("stopped", "stability", "n_failed", "missing"):
+            del p[new]
+    (tmp_path / "results.json").write_text(json.dumps(stored))
+    assert render(load_results(tmp_path)) == page
+
+
+PARTS = ("accuracy", "accuracy_own", "equivariance", "nve", "throughput", "verdict")
+
+
+def lacking(result, parts, everywhere):
+    first, second = result.potentials
+    without = {part: None for part in parts}
+    potentials = [first.model_copy(update=without if everywhere else {}), second.model_copy(update=without)]
+    return result.model_copy(update={"potentials": potentials, "verdict": in_words(potentials)})
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_could_not_be_measured_is_a_dash(result, part, everywhere):
+    shown = lacking(result, [part], everywhere)
+    before, after = ({row.label: row.values for row in rows(one)} for one in (result, shown))
+    changed = [label for label in before if before[label] != after.get(label)]
+    assert bool(changed) == (part != "accuracy_own")  # which the table does not show
+    assert all(label not in after if everywhere else after[label][1] == "–" for label in changed)
+    assert shown.verdict
+    assert not any("None" in line for line in shown.verdict)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_page_is_drawn_of_what_there_is(result, everywhere):
+    page = render(lacking(result, PARTS, everywhere))
+    assert page.count("<svg") == (4 if everywhere else 6)  # series and parity alone
+    text = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b|\bNone\b", text)
+    assert "not known</p>" in text
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema_version": 1}', "[]"])

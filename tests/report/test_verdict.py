@@ -53,6 +53,7 @@ def test_without_labels_there_is_no_share():
     result = make_potential("x", "transformer", 1e-3, 1e-2, 5.0).equivariance.model_copy(update={"loss": None})
     verdict = judge(result)
     assert math.isnan(verdict.ratio)
+    assert verdict.level == "unknown"
     assert "without labels" in verdict.text
 
 

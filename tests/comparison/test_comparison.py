@@ -8,7 +8,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.lj import LennardJones
 
-from equimd.comparison import SimulationError, compare, start_structure
+from equimd.comparison import compare, start_structure
 from equimd.errors import InputError
 from equimd.frames import read_list
 from equimd.report.comparison import CompareResult, CompareSettings
@@ -132,27 +132,6 @@ def test_a_folder_in_use_is_left_alone_unless_overwritten(result, folder):
     assert (folder / "results.json").read_bytes() != before
     assert note.read_text() == "mine"
     assert not list(folder.glob("unfinished-*"))
-
-
-class Failing(LennardJones):
-    """Explodes after a few steps."""
-
-    calls = 0
-
-    def calculate(self, *args, **kwargs):
-        super().calculate(*args, **kwargs)
-        self.calls += 1
-        if self.calls > 4:
-            self.results["forces"] = self.results["forces"] + 1e4
-
-
-def test_an_explosion_names_the_potential_and_keeps_the_rest(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(SimulationError, match="failing exploded, step"):
-        compare([LennardJones(**LENNARD_JONES), Failing(**LENNARD_JONES)], water(), settings=SETTINGS, output=out)
-    assert read_list(out / "lennardjones.h5")
-    assert read_list(out / "failing.h5")
-    assert not (out / "results.json").exists()
 
 
 def test_bad_input_makes_no_folder(tmp_path):
