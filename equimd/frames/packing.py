@@ -16,6 +16,7 @@ from equimd.frames.fingerprints import fingerprints
 from equimd.frames.labels import DEFAULT_KEYS, LabelKeys, labels_of, not_finite
 from equimd.frames.unclaimed import unclaimed_labels
 from equimd.neighbors import neighbor_list, used_cell
+from equimd.origin import predicted_by
 
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
@@ -30,7 +31,8 @@ class Packer:
     which are set aside); contradictions (messages, where two of these of one element differ); implausible ([file,
     message] about its first frames, see ``check_plausible``); not_finite ([index, what]; only of frames that were read
     with ``finite=False``); unclaimed ([file, message] about what looks like a label and is not read as one, see
-    ``unclaimed_labels``); electrons (charges and spins that frames state, see ``Tally``).
+    ``unclaimed_labels``); electrons (charges and spins that frames state, see ``Tally``); predictions ([who made them,
+    how many frames, index of the first] of results that are no labels, see ``equimd.origin``).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Packer:
         self._implausible: list[tuple[int, str]] = []
         self._unclaimed: list[tuple[int, str]] = []
         self._electrons = Tally()
+        self._predictions: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> "Packer":
         return self
@@ -83,6 +86,7 @@ class Packer:
                 self._add_isolated(atoms, f"{name}: frame {index}")
                 continue
             self._electrons.add(first + index, atoms, f"{name}, frame {index}")
+            self._note_origin(first + index, atoms)
             held.append((index, atoms))
             n_atoms += len(atoms)
             if len(held) == FRAMES_PER_CHUNK or n_atoms >= ATOMS_PER_CHUNK:
@@ -92,6 +96,12 @@ class Packer:
         if held:
             self._append(held, first, name, is_first)
         self._files.append(index + 1 if n_frames is None else n_frames)
+
+    def _note_origin(self, index: int, atoms: Atoms) -> None:
+        by = predicted_by(atoms)
+        if by is not None and any(value is not None for value in labels_of(atoms).values()):
+            count, first = self._predictions.get(by, (0, index))
+            self._predictions[by] = count + 1, first
 
     def _add_isolated(self, atoms: Atoms, where: str) -> None:
         energy, number = labels_of(atoms)["energy"], int(atoms.numbers[0])
@@ -117,6 +127,7 @@ class Packer:
             "not_finite": self._not_finite,
             "unclaimed": self._unclaimed,
             "electrons": self._electrons.entries,
+            "predictions": [[by, count, first] for by, (count, first) in self._predictions.items()],
             **extra,
         }
         if self._writer is not None:

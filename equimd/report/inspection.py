@@ -221,6 +221,11 @@ def _warnings(path: str, arrays: FrameArrays) -> list[str]:
     lines = [str(message) for kind in ("implausible", "unclaimed") for _, message in arrays.meta[kind]]
     if message := differing(arrays.meta["electrons"], lambda index: f"{path}, frame {index}"):
         lines.append(f"{message}: training refuses the set")
+    for by, count, first in arrays.meta["predictions"]:
+        lines.append(
+            f"{count} frames (first: frame {first}) carry predictions ({by}), not labels: training refuses them unless"
+            " data.accept_predictions is true"
+        )
     if len(alone := arrays.lone_atoms()):
         lines.append(
             f"{len(alone)} frames are single atoms (first: frame {alone[0]}): with config_type=IsolatedAtom their"

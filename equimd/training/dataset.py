@@ -130,6 +130,7 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         arrays = frame_arrays(request, progress)
         _check_plausible(recipe, arrays, paths)
         _check_electrons(recipe, split, arrays)
+        _check_origin(recipe, split, arrays)
         _check_keys(recipe, split, arrays)
         for file, message in arrays.meta["unclaimed"]:
             warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
@@ -175,6 +176,18 @@ def _check_electrons(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
         section.charge,
         section.multiplicity,
         lambda index: "{}, frame {}".format(*_place(recipe, split, arrays, index)),
+    )
+
+
+def _check_origin(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    """Refuse predictions of a potential as labels, unless the recipe says that they are wanted."""
+    if recipe.data.accept_predictions or not arrays.meta["predictions"]:
+        return
+    by, count, first = arrays.meta["predictions"][0]
+    file, frame = _place(recipe, split, arrays, first)
+    raise InputError(
+        f"{file}, frame {frame}: energy and forces are predictions ({by}), not labels, as in {count} frames of the"
+        " set; accepted: frames that a reference method labelled, or data.accept_predictions: true"
     )
 
 

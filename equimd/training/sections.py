@@ -79,6 +79,9 @@ class DataSection(Section):
     )
     keys: KeysSection | None = None
     reference: str | None = Field(default=None, description="level of theory of the labels")
+    accept_predictions: bool = Field(
+        default=False, description="train on results that a potential predicted, as distillation does"
+    )
     charge: int = Field(default=0, ge=-1000, le=1000, description="of every frame, in e")
     multiplicity: int = Field(default=1, ge=1, le=1000, description="2S + 1 of every frame")
 

@@ -12,6 +12,7 @@ from equimd.errors import InputError
 from equimd.frames import arrays as arrays_module
 from equimd.frames import read_list, write_frames
 from equimd.models.checkpoint import load_checkpoint
+from equimd.origin import mark
 from equimd.training import cache, train
 from equimd.training.dataset import read_data
 from equimd.training.recipe import make_recipe
@@ -387,3 +388,14 @@ def test_labels_that_nobody_finds_are_told(read, folder):
 def test_the_name_of_a_label_that_no_frame_has(read):
     with pytest.raises(InputError, match=r"data.keys.energy is 'REF_enregy', which no frame of train.xyz has; "):
         read(keys={"energy": "REF_enregy"})
+
+
+def test_predictions_of_a_potential_are_no_labels(read, folder, kept_small):
+    """Whether they are read for the first time or come from the cache; who wants to distil a potential says so."""
+    frames = read_list(folder / "train.xyz")
+    mark(frames[3], "a potential of its own")
+    write_frames(folder / "train.xyz", frames)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"train.xyz, frame 3: energy and forces are predictions \(a potential of"):
+            read()
+    assert len(read(accept_predictions=True).train) == len(frames)
