@@ -10,7 +10,7 @@ whatever their case, for T frames of N atoms:
     gradients        gradients, gradient, dft_total_gradient                  forces of the opposite sign
     cell, pbc        cell, cells, lattice; pbc                                (3, 3) or (T, 3, 3); (3,) or (T, 3)
     stress           the names of `labels`                                    (T, 3, 3) or (T, 6)
-    charge, spin     charge, total_charge; spin, multiplicity, ...            (T,), (T, 1) or (); kept in `info`
+    charge, spin     see ``electrons``; datasets or attributes                (T,), (T, 1) or (); kept in `info`
 
 Other names, or paths, are given as keys (ANI-1x: energy=wb97x_dz.energy, forces=wb97x_dz.forces), letter by letter, as
 must one of two energies, forces or stresses of a molecule. Forces with the name of a gradient are one. Labels may be
@@ -115,7 +115,7 @@ class LabelledH5:
                 frame = {name: rows[k] for name, rows in chunk.items()}
                 elements = numbers if numbers.ndim == 1 else numbers[start + k]
                 atoms = self._frame(elements, frame, f"{self.path}, frame {first + start + k} ({group.name})")
-                atoms.info.update({name: values[start + k] for name, values in electrons.items()})
+                atoms.info.update({name: values[start + k].item() for name, values in electrons.items()})
                 yield atoms
 
     def _frame(self, numbers: np.ndarray, frame: dict[str, np.ndarray], where: str) -> Atoms:

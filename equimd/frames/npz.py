@@ -79,7 +79,7 @@ class NpzSet:
                         atoms.info["energy"] = chunk["energy"][k].reshape(())
                     if "forces" in chunk:
                         atoms.arrays["forces"] = chunk["forces"][k]
-                    atoms.info.update({name: values[start + k] for name, values in electrons.items()})
+                    atoms.info.update({name: values[start + k].item() for name, values in electrons.items()})
                     names = LabelKeys(finite=self._keys.finite)
                     yield attach_labels(atoms, spec, names, f"{self.path}, frame {start + k}")
 
