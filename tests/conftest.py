@@ -16,3 +16,59 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+# Tests that are slow by their nature, most of them because they compile large networks or start processes: beginnings of
+# node ids. They carry the marker "slow" beside the tests that carry it in their own files, and CI runs them all.
+SLOW = (
+    "tests/kernels/test_convolve.py::test_equals_e3nn[2-True",
+    "tests/kernels/test_convolve.py::test_equals_e3nn[3",
+    "tests/kernels/test_convolve.py::test_gradients_equal_reference[3",
+    "tests/kernels/test_dual.py::test_value_rate_and_gradients[2",
+    "tests/kernels/test_dual.py::test_value_rate_and_gradients[3",
+    "tests/kernels/test_network.py::test_equals_reference_in_float32[settings1",
+    "tests/kernels/test_network.py::test_equals_reference_in_float32[settings3",
+    "tests/kernels/test_network.py::test_equals_reference_in_float64[False-3",
+    "tests/kernels/test_network.py::test_equals_reference_in_float64[True-2",
+    "tests/kernels/test_network.py::test_equals_reference_in_float64[True-3",
+    "tests/kernels/test_network.py::test_first_use_from_several_threads",
+    "tests/kernels/test_network.py::test_profile_names_every_part",
+    "tests/kernels/test_network.py::test_unnatural_irreps_everywhere",
+    "tests/kernels/test_numba_cpu.py::test_fresh_process_imports_little_and_forks",
+    "tests/kernels/test_shipped.py::test_every_backend_gives_the_same[alanine",
+    "tests/kernels/test_shipped.py::test_every_backend_gives_the_same[ethanol-equivariant-float64",
+    "tests/kernels/test_shipped.py::test_every_backend_gives_the_same[water",
+    "tests/kernels/test_token_network.py::test_equals_autograd_in_float32[{'n_heads': 1",
+    "tests/kernels/test_token_network.py::test_equals_autograd_in_float64[{'n_heads': 8",
+    "tests/models/test_dual_training.py::test_a_prediction_is_freed",
+    "tests/models/test_equivariant_training.py::test_gradient_in_float32",
+    "tests/models/test_equivariant_training.py::test_gradient_is_that_of_autograd[{'l_max': 1",
+    "tests/models/test_equivariant_training.py::test_gradient_is_that_of_autograd[{'l_max': 3",
+    "tests/models/test_equivariant_training.py::test_knots_are_enough_for_trained_weights",
+    "tests/models/test_transformer_training.py::test_gradient_in_float32",
+    "tests/models/test_transformer_training.py::test_gradient_is_that_of_autograd[{'d_model",
+    "tests/models/test_transformer_training.py::test_gradient_is_that_of_autograd[{'n_heads",
+    "tests/test_data.py",
+    "tests/test_examples.py::test_example[search_optuna",
+    "tests/test_examples.py::test_example[train_tiny",
+    "tests/test_gpu_benchmark.py::test_a_device_that_is_not_there_ends_it",
+    "tests/training/test_distributed.py::test_a_killed_process",
+    "tests/training/test_distributed.py::test_a_signal_to_one_process",
+    "tests/training/test_distributed.py::test_means_over_the_labels",
+    "tests/training/test_distributed.py::test_two_processes_do_what_one_does",
+    "tests/training/test_distributed.py::test_what_fails_on_one_process",
+    "tests/training/test_loop.py::test_a_killed_training_continues_bit_for_bit[adamw",
+    "tests/training/test_objective.py::test_noise_is_found[equivariant",
+    "tests/training/test_precision.py::test_a_training_reports_its_error[equivariant",
+    "tests/training/test_robustness.py::test_a_full_disk_loses_nothing",
+    "tests/training/test_robustness.py::test_freed_memory_is_kept",
+    "tests/training/test_robustness.py::test_memory_is_flat_over_epochs",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``SLOW`` names, before pytest deselects by markers."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)

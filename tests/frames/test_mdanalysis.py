@@ -11,9 +11,17 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from equimd.frames import labels_of, read_list, write_frames
 from equimd.units import ASE_TIME_FS, KJ_PER_MOL
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of its own making
-    import MDAnalysis
+pytestmark = pytest.mark.extra  # the extra "dev" installs MDAnalysis
+
+
+@pytest.fixture
+def mda():
+    """The package, imported without its own warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import MDAnalysis
+
+    return MDAnalysis
 
 
 def frames() -> list[Atoms]:
@@ -31,11 +39,11 @@ def frames() -> list[Atoms]:
 
 
 @pytest.mark.filterwarnings("ignore")  # MDAnalysis's
-def test_mdanalysis_reads_the_same_numbers(tmp_path):
+def test_mdanalysis_reads_the_same_numbers(mda, tmp_path):
     made = frames()
     write_frames(tmp_path / "a.h5", made)
     made[0].write(tmp_path / "a.xyz")
-    universe = MDAnalysis.Universe(str(tmp_path / "a.xyz"), str(tmp_path / "a.h5"), format="H5MD")
+    universe = mda.Universe(str(tmp_path / "a.xyz"), str(tmp_path / "a.h5"), format="H5MD")
     assert universe.trajectory.n_frames == 3
     for atoms, step in zip(made, universe.trajectory, strict=True):
         # single precision; MDAnalysis has Å, ps, kJ/(mol Å)
@@ -48,22 +56,22 @@ def test_mdanalysis_reads_the_same_numbers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_molecule_has_no_box_in_mdanalysis(tmp_path):
+def test_a_molecule_has_no_box_in_mdanalysis(mda, tmp_path):
     water = molecule("H2O", cell=[9.0, 9.0, 9.0])
     water.write(tmp_path / "a.xyz")
     for name, pbc in (("a", False), ("b", True)):
         water.pbc = pbc
         write_frames(tmp_path / f"{name}.h5", [water])
-        universe = MDAnalysis.Universe(str(tmp_path / "a.xyz"), str(tmp_path / f"{name}.h5"), format="H5MD")
+        universe = mda.Universe(str(tmp_path / "a.xyz"), str(tmp_path / f"{name}.h5"), format="H5MD")
         assert (universe.dimensions is None) is not pbc
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("box", [None, [9.0, 10.0, 11.0, 90.0, 90.0, 90.0]])
-def test_what_mdanalysis_writes_is_read(tmp_path, box):
+def test_what_mdanalysis_writes_is_read(mda, tmp_path, box):
     water = molecule("H2O")
     write_frames(tmp_path / "top.xyz", [water])
-    universe = MDAnalysis.Universe.empty(3, trajectory=True, velocities=True, forces=True)
+    universe = mda.Universe.empty(3, trajectory=True, velocities=True, forces=True)
     universe.add_TopologyAttr("names", ["O", "H1", "H2"])
     universe.add_TopologyAttr("elements", ["O", "H", "H"])
     universe.add_TopologyAttr("resnames", ["HOH"])
@@ -72,7 +80,7 @@ def test_what_mdanalysis_writes_is_read(tmp_path, box):
     step.dimensions, step.time = box, 1.5
     written_in = {"timeunit": "ps", "lengthunit": "Angstrom", "velocityunit": "Angstrom/ps"}
     written_in["forceunit"] = "kJ/(mol*Angstrom)"
-    with MDAnalysis.Writer(str(tmp_path / "a.h5md"), 3, **written_in) as writer:
+    with mda.Writer(str(tmp_path / "a.h5md"), 3, **written_in) as writer:
         writer.write(universe)
         writer.write(universe)
     back = read_list(tmp_path / "a.h5md", topology=tmp_path / "top.xyz")[1]
@@ -82,7 +90,7 @@ def test_what_mdanalysis_writes_is_read(tmp_path, box):
     assert back.info["time_fs"] == pytest.approx(1500.0)
     assert back.cell.lengths().tolist() == ([0, 0, 0] if box is None else box[:3])
     assert back.pbc.all() == (box is not None)
-    with MDAnalysis.Writer(str(tmp_path / "a.pdb"), multiframe=True) as writer:
+    with mda.Writer(str(tmp_path / "a.pdb"), multiframe=True) as writer:
         writer.write(universe)
         writer.write(universe)
     back = read_list(tmp_path / "a.pdb")
