@@ -18,8 +18,8 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-# Tests that are slow by their nature, most of them because they compile large networks or start processes: beginnings of
-# node ids. They carry the marker "slow" beside the tests that carry it in their own files, and CI runs them all.
+# Tests that are slow by their nature, most of them because they compile large networks or start processes: beginnings
+# of node ids. They carry the marker "slow" beside the tests that carry it in their own files, and CI runs them all.
 SLOW = (
     "tests/kernels/test_convolve.py::test_equals_e3nn[2-True",
     "tests/kernels/test_convolve.py::test_equals_e3nn[3",
