@@ -9,9 +9,12 @@ from ase import Atoms
 from ase.calculators.lj import LennardJones
 
 from equimd.comparison import compare, start_structure
+from equimd.comparison.contestants import make_contestants, other_levels
 from equimd.errors import InputError
 from equimd.frames import read_list
 from equimd.report.comparison import CompareResult, CompareSettings
+from equimd.report.page import render
+from equimd.report.table import title
 from equimd.testing import AnisotropicMock
 
 LENNARD_JONES = {"sigma": 1.0, "epsilon": 0.05, "rc": 12.0}
@@ -146,6 +149,23 @@ def test_bad_input_makes_no_folder(tmp_path):
         with pytest.raises(InputError, match=says):
             compare(potentials, structure, settings=settings, output=out)
         assert not out.exists()
+
+
+def test_another_level_of_theory_is_refused_or_noted_beside_every_figure(result, tmp_path):
+    trained = AnisotropicMock()
+    trained.level_of_theory = "wB97X"
+    with pytest.raises(InputError, match="was trained on wB97X, the reference is gfn2-xtb"):
+        compare([trained], water(), settings=SETTINGS, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert other_levels(make_contestants([trained], SETTINGS), "gfn2-xtb") == {trained.name: "wB97X"}
+    noted = result.model_copy(update={"other_levels": {trained.name: "wB97X"}})
+    note = f"another level of theory: {trained.name} was trained on wB97X"
+    assert note in title(noted)
+    page = render(noted)
+    figures = page.count("<figcaption>")
+    assert figures > 3
+    assert page.count(note) >= figures + 2  # the header, the table and every figure
+    assert note not in render(result)
 
 
 def test_a_structure_is_copied():
