@@ -22,45 +22,57 @@ if TYPE_CHECKING:
 # Below so many atoms one thread is the fastest, or nearly so.
 SMALL = 64
 
-PotentialName = Annotated[str, typer.Argument(metavar="POTENTIAL", help="A name (see equimd info) or a path.")]
+PotentialName = Annotated[
+    str, typer.Argument(metavar="POTENTIAL", help="The name of a shipped potential (see equimd info) or a path.")
+]
 StructureName = Annotated[
     str,
-    typer.Argument(metavar="STRUCTURE", help="A file, of which the first structure is taken, or a potential's name."),
+    typer.Argument(
+        metavar="STRUCTURE", help="A file, whose first structure is used, or the name of a shipped potential."
+    ),
 ]
 Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON to this file; - is standard output."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")]
-Dtype = Annotated[str, typer.Option(help="float32 or float64.")]
-Symmetrize = Annotated[str | None, typer.Option(help="average, random or canonical: restore symmetry at inference.")]
+Device = Annotated[str, typer.Option(help="The device: auto, cpu, cuda or cuda:<index>.")]
+Dtype = Annotated[str, typer.Option(help="The precision: float32 or float64.")]
+Symmetrize = Annotated[str | None, typer.Option(help="Restore symmetry at inference: average, random or canonical.")]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads; by default OMP_NUM_THREADS, else one for fewer than 64 atoms.")
+    int | None,
+    typer.Option(help="Number of CPU threads. The default is OMP_NUM_THREADS, or one thread for fewer than 64 atoms."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
-Stride = Annotated[int, typer.Option(help="Use every n-th frame.")]
+Seed = Annotated[int, typer.Option(help="The seed of everything that is random.")]
+Stride = Annotated[int, typer.Option(help="Use every n-th frame only.")]
 Topology = Annotated[
     Path | None,
-    typer.Option(help="A file with elements and names of atoms, for formats without: DCD, XTC, TRR, Amber's, …."),
+    typer.Option(
+        help="A file with the elements and names of the atoms, for formats that have none (DCD, XTC, TRR, Amber's)."
+    ),
 ]
 Select = Annotated[
     str | None,
-    typer.Option(metavar="ATOMS", help="Keep these atoms, in mdtraj's selection language: 'not water', 'resname LIG'."),
+    typer.Option(
+        metavar="ATOMS", help="Keep these atoms only, in mdtraj's selection language: 'not water', 'resname LIG'."
+    ),
 ]
-NoPbc = Annotated[bool, typer.Option("--no-pbc", help="Drop the box, if the file names one that there was not.")]
+NoPbc = Annotated[
+    bool, typer.Option("--no-pbc", help="Drop the box, if the file names one but the simulation had none.")
+]
 AcceptPredictions = Annotated[
     bool,
-    typer.Option("--accept-predictions", help="Take results that a potential stored in the frames for labels."),
+    typer.Option("--accept-predictions", help="Use results that a potential stored in the frames as labels."),
 ]
 OtherLevel = Annotated[
     bool,
-    typer.Option("--other-level", help="Allow a reference of another level of theory than that of the training."),
+    typer.Option("--other-level", help="Allow a reference whose level of theory is not that of the training."),
 ]
 Units = Annotated[
     list[str] | None,
     typer.Option(
         "--unit",
         metavar="WHAT=UNIT",
-        help="energy=kcal/mol, length=nm, stress=GPa, force_energy=Ha, force_length=Bohr.",
+        help="Unit of the file: energy=kcal/mol, length=nm, stress=GPa, force_energy=Hartree, force_length=Bohr.",
     ),
 ]
 Keys = Annotated[
@@ -68,7 +80,7 @@ Keys = Annotated[
     typer.Option(
         "--key",
         metavar="LABEL=NAME",
-        help="Name of a label in the file: forces=F, …; voigt=vasp and stress_sign=-1 for VASP's stress.",
+        help="Name of a label in the file, such as forces=F. For VASP's stress: voigt=vasp and stress_sign=-1.",
     ),
 ]
 

@@ -23,33 +23,36 @@ from equimd.cli.common import (
 
 def compare(
     potentials: Annotated[
-        list[str] | None, typer.Argument(metavar="[POTENTIAL]...", help="Names or paths; by default the ethanol pair.")
+        list[str] | None,
+        typer.Argument(metavar="[POTENTIAL]...", help="Names or paths of potentials. The default is the ethanol pair."),
     ] = None,
     structure: Annotated[
-        Path | None, typer.Option(help="Where the runs start; by default the first one's own.")
+        Path | None,
+        typer.Option(help="The structure that the MD runs start from. The default is the first potential's own."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="MD steps with each potential.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Number of MD steps with each potential.")] = 2000,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
     temperature: Annotated[float, typer.Option(help="Temperature in K.")] = 300.0,
-    frames: Annotated[int, typer.Option(help="Frames of each run that are labelled and measured.")] = 50,
+    frames: Annotated[int, typer.Option(help="Number of frames of each run that are labelled and measured.")] = 50,
     reference: Annotated[
-        str | None, typer.Option(help="gfn1-xtb or gfn2-xtb; by default what the potentials were trained on.")
+        str | None,
+        typer.Option(help="Label with gfn1-xtb or gfn2-xtb. The default is what the potentials were trained on."),
     ] = None,
     other_level: OtherLevel = False,
-    block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
+    block_seconds: Annotated[float, typer.Option(help="Length of each timed block, in seconds.")] = 0.5,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Threads = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for report and results.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new folder for the report and the results.")] = Path(
         "equimd-compare"
     ),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier comparison in the folder.")
+        bool, typer.Option("--overwrite", help="Replace the earlier comparison in the folder.")
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the unfinished comparison in the folder; start if there is none."),
+        typer.Option("--resume", help="Continue the unfinished comparison in the folder. If there is none, start one."),
     ] = False,
     json: Json = None,
 ) -> None:

@@ -36,18 +36,19 @@ def _group() -> None:
 @app.command()
 def inspect(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Frames in any format that is read; training set first.")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Frames, in any format that equimd reads. Name the training set first."),
     ],
     topology: Topology = None,
     select: Select = None,
     no_pbc: NoPbc = False,
     unit: Units = None,
     key: Keys = None,
-    cutoff: Annotated[float, typer.Option(help="Of the neighbours that are counted, in Å.")] = 5.0,
-    figure: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
+    cutoff: Annotated[float, typer.Option(help="The cutoff within which neighbours are counted, in Å.")] = 5.0,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a figure: .png, .svg or .pdf.")] = None,
     json: Json = None,
 ) -> None:
-    """Count, check and draw what files hold; of several, find the frames that two of them share."""
+    """Count, check and draw what files hold. If there are several, find the frames that two of them share."""
     check_json(json)
     from equimd.report.data_figure import check_figure, write_figure
     from equimd.report.inspection import Comparison, inspect_files, suggest_recipe

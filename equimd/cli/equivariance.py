@@ -33,14 +33,18 @@ if TYPE_CHECKING:
 
 def equivariance(
     potential: PotentialName,
-    trajectory: Annotated[Path, typer.Argument(metavar="TRAJECTORY", help="Frames in any format that is read.")],
-    degree: Annotated[int, typer.Option(help="Degree to which the quadrature over rotations is exact.")] = 4,
-    inversion: Annotated[bool, typer.Option(help="Measure over O(3) instead of SO(3).")] = True,
+    trajectory: Annotated[Path, typer.Argument(metavar="TRAJECTORY", help="Frames, in any format that equimd reads.")],
+    degree: Annotated[int, typer.Option(help="The degree to which the quadrature over rotations is exact.")] = 4,
+    inversion: Annotated[
+        bool, typer.Option(help="Measure over rotations with inversion, O(3), instead of SO(3).")
+    ] = True,
     n_rotations: Annotated[
         int | None, typer.Option("--random", help="Use this many random rotations instead of the quadrature.")
     ] = None,
     seed: Seed = 0,
-    reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb for the loss.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Label the frames with gfn1-xtb or gfn2-xtb, for the share of the loss.")
+    ] = None,
     accept_predictions: AcceptPredictions = False,
     other_level: OtherLevel = False,
     stride: Stride = 1,
@@ -52,7 +56,7 @@ def equivariance(
     symmetrize: Symmetrize = None,
     json: Json = None,
 ) -> None:
-    """Force-equivariance error along a trajectory, its noise floor, and its share of the loss."""
+    """Measure the equivariance error of forces along a trajectory, its noise floor and its share of the loss."""
     check_json(json)
     frames = list(open_frames(trajectory, topology, None, None, stride, select=select, no_pbc=no_pbc))
     calculator = make_calculator(potential, device, dtype, symmetrize)

@@ -39,7 +39,7 @@ def evaluate(
     potential: PotentialName,
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Labelled frames: extxyz, npz, db, H5MD, ….")],
     stride: Stride = 1,
-    reference: Annotated[str | None, typer.Option(help="Label with gfn1-xtb or gfn2-xtb instead.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Label the frames with gfn1-xtb or gfn2-xtb instead.")] = None,
     accept_predictions: AcceptPredictions = False,
     other_level: OtherLevel = False,
     topology: Topology = None,
@@ -52,7 +52,7 @@ def evaluate(
     symmetrize: Symmetrize = None,
     json: Json = None,
 ) -> None:
-    """Errors of energies, forces and stress against the labels of a data set."""
+    """Measure the errors of energies, forces and stress against the labels of a data set."""
     check_json(json)
     frames = list(open_frames(dataset, topology, unit, key, stride, select=select, no_pbc=no_pbc))
     calculator = make_calculator(potential, device, dtype, symmetrize)

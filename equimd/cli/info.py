@@ -4,7 +4,7 @@ from equimd.cli.common import Json, check_json, emit, grid
 
 
 def info(json: Json = None) -> None:
-    """Versions, devices, and the potentials that are ready to run."""
+    """Show versions, devices and the potentials that are ready to run."""
     check_json(json)
     from equimd.report.inventory import inventory
 

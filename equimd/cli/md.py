@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 def md(
     potential: PotentialName,
     structure: StructureName,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Trajectory: .h5 (H5MD) or .xyz.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trajectory: a .h5 (H5MD) or .xyz file.")],
     frame: Annotated[
-        int | None, typer.Option(help="Start from this frame of STRUCTURE; -1 is the last. By default the first.")
+        int | None, typer.Option(help="Start from this frame of STRUCTURE; -1 is the last. The default is the first.")
     ] = None,
-    ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
-    steps: Annotated[int, typer.Option(help="Number of steps in all.")] = 2000,
+    ensemble: Annotated[str, typer.Option(help="The ensemble: nve, nvt or npt.")] = "nvt",
+    steps: Annotated[int, typer.Option(help="Number of steps of the whole run.")] = 2000,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
     temperature: Annotated[
-        float, typer.Option(help="Temperature in K, also of the first velocities if STRUCTURE has none.")
+        float, typer.Option(help="Temperature in K. Velocities are drawn at it if STRUCTURE has none.")
     ] = 300.0,
-    pressure: Annotated[float, typer.Option(help="Pressure in bar, for npt.")] = 1.0,
+    pressure: Annotated[float, typer.Option(help="Pressure in bar, for the ensemble npt.")] = 1.0,
     friction: Annotated[float, typer.Option(help="Friction of the thermostat in 1/fs.")] = 0.01,
-    stride: Annotated[int, typer.Option(help="Write every n-th step.")] = 20,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
+    stride: Annotated[int, typer.Option(help="Write every n-th step to the trajectory.")] = 20,
+    checkpoint_every: Annotated[int, typer.Option(help="Number of steps between checkpoints.")] = 1000,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that wrote the output.")] = False,
     select: Select = None,
@@ -62,7 +62,7 @@ def md(
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Run molecular dynamics; a killed run continues with --resume."""
+    """Run molecular dynamics. A killed run continues with --resume."""
     check_json(json)
     if output.is_dir():
         raise InputError(f"-o is {output}, a folder; accepted is a file that ends in .h5 or .xyz")

@@ -12,7 +12,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a comparison, or its results.json.")],
     json: Json = None,
 ) -> None:
-    """Write report.html again from results.json, and show the table."""
+    """Write report.html again from results.json and show the table."""
     check_json(json)
     from equimd.report import load_results, write_report
     from equimd.report.table import rich_table

@@ -29,8 +29,8 @@ def throughput(
     potential: PotentialName,
     structure: StructureName,
     timestep: Annotated[float, typer.Option(help="Time step in fs.")] = 0.5,
-    block_seconds: Annotated[float, typer.Option(help="Length of each of the timed blocks.")] = 0.5,
-    profile: Annotated[bool, typer.Option(help="Show which parts of an evaluation take how long.")] = False,
+    block_seconds: Annotated[float, typer.Option(help="Length of each timed block, in seconds.")] = 0.5,
+    profile: Annotated[bool, typer.Option(help="Show how long each part of an evaluation takes.")] = False,
     select: Select = None,
     no_pbc: NoPbc = False,
     device: Device = "auto",
@@ -39,7 +39,7 @@ def throughput(
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Time of an evaluation and of an MD step, ns per day, memory."""
+    """Measure the time of an evaluation and of an MD step, ns per day, and memory."""
     check_json(json)
     atoms = read_structure(structure, select, no_pbc)
     calculator = make_calculator(potential, device, dtype, symmetrize)

@@ -13,25 +13,28 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, and how.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe: what to train, on which data, and how.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A new folder; by default runs/<name of the recipe>.")
+        Path | None,
+        typer.Option("-o", "--output", help="A new folder for the run. The default is runs/<name of the recipe>."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=1e-3.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as optimizer.lr=1e-3."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the training run in the folder.")] = False,
     members: Annotated[
-        int | None, typer.Option("--members", metavar="M", help="Train an ensemble of M, with seeds that count up.")
+        int | None, typer.Option("--members", metavar="M", help="Train an ensemble of M members, whose seeds count up.")
     ] = None,
-    bagging: Annotated[
-        bool, typer.Option("--bagging", help="Each member draws data.n_train frames of its own.")
-    ] = False,
+    bagging: Annotated[bool, typer.Option("--bagging", help="Each member draws its own data.n_train frames.")] = False,
     json: Json = None,
 ) -> None:
-    """Train a potential as a recipe says; a killed training continues with --resume.
+    """Train a potential by a recipe. A killed training run continues with --resume.
 
-    On several processes: torchrun --nproc-per-node=N -m equimd train RECIPE.yaml -o RUN, or the same under srun.
+    Several processes train together if torchrun or srun starts them:
+    torchrun --nproc-per-node=N -m equimd train RECIPE.yaml -o RUN.
     """
     from equimd.training.distributed import join
     from equimd.training.memory import keep_freed_memory
