@@ -105,8 +105,10 @@ def _start(structure: str, frame: int | None, select: str | None, no_pbc: bool) 
         return first
     listed = list(frames)
     if not -len(listed) <= frame < len(listed):
+        last = len(listed) - 1
+        held = "is one structure" if last == 0 else f"holds {len(listed)} frames"
         raise InputError(
-            f"--frame is {frame}, and {structure} holds {len(listed)}; accepted: 0 to {len(listed) - 1}, or -1"
+            f"--frame is {frame}, and {structure} {held}; accepted: {f'0 to {last}' if last else '0'}, or -1"
         )
     return listed[frame]
 
