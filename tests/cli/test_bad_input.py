@@ -207,7 +207,7 @@ def test_a_full_disk_while_graphs_are_kept(run, unchanged, monkeypatch, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(arrays, "IN_MEMORY", 0)
-    monkeypatch.setattr(arrays._Writer, "append", full)
+    monkeypatch.setattr(arrays.Writer, "append", full)
     kept = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(cache, "graphs_folder", lambda: kept)
     split("train.xyz")
