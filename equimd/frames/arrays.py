@@ -69,14 +69,6 @@ class FrameArrays:
     def __len__(self) -> int:
         return len(self.arrays["n_atoms"])
 
-    def unmet_key(self, keys: Any) -> str | None:
-        """The label (energy, forces, stress, virial) that ``keys`` gives a name of and no frame has; None without."""
-        counts = self.meta["n_labelled"]
-        for label in ("energy", "forces", "stress", "virial"):
-            if getattr(keys, label, None) is not None and not counts["stress" if label == "virial" else label]:
-                return label
-        return None
-
     def lone_atoms(self) -> np.ndarray:
         """Indices of frames of a single atom without neighbours that does not say that it is an isolated one."""
         alone = (np.asarray(self["n_atoms"]) == 1) & (np.asarray(self["n_edges"]) == 0)

@@ -118,7 +118,7 @@ def inspect_files(
     ``keys`` are the names of labels that the files were opened with.
 
     Raises:
-        InputError: for no frames, frames that make no sense at all, a name in ``keys`` that no frame of a file has.
+        InputError: for no frames, or frames that make no sense at all.
     """
     if not 0 < cutoff <= MOST_CUTOFF:
         raise InputError(f"the cutoff is {cutoff:g} Å; accepted is a positive number up to {MOST_CUTOFF:g}")
@@ -153,9 +153,6 @@ def _pack(file: Frames, cutoff: float, folder: Path, progress: Progress | None, 
         arrays = packer.finish()
     if not len(arrays):
         raise InputError(f"{file.path}: holds no frames; accepted: one or more")
-    if label := arrays.unmet_key(keys):
-        held = [message for _, message in arrays.meta["unclaimed"]] or ["accepted: a name that frames have"]
-        raise InputError(f"{file.path}: no frame has {label} under the name {getattr(keys, label)!r}; {held[0]}")
     if progress is not None:
         progress(file.path.name, max(total, 1), max(total, 1))
     return arrays

@@ -131,7 +131,6 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         _check_plausible(recipe, arrays, paths)
         _check_electrons(recipe, split, arrays)
         _check_origin(recipe, split, arrays)
-        _check_keys(recipe, split, arrays)
         for file, message in arrays.meta["unclaimed"]:
             warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
         sets[split] = FrameSet.from_arrays(arrays)
@@ -189,19 +188,6 @@ def _check_origin(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
         f"{file}, frame {frame}: energy and forces are predictions ({by}), not labels, as in {count} frames of the"
         " set; accepted: frames that a reference method labelled, or data.accept_predictions: true"
     )
-
-
-def _check_keys(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
-    """Refuse the name of a label that no training frame has; warn if another split lacks it."""
-    label = arrays.unmet_key(recipe.data.keys)
-    if label is None:
-        return
-    name, files = getattr(recipe.data.keys, label), ", ".join(recipe.data.files(split))
-    message = f"data.keys.{label} is {name!r}, which no frame of {files} has"
-    if split == "train":
-        held = [said for _, said in arrays.meta["unclaimed"]] or ["accepted is a name that frames have"]
-        raise InputError(f"{message}; {held[0]}")
-    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _place(recipe: Recipe, split: str, arrays: FrameArrays, index: int) -> tuple[str, int]:

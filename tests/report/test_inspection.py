@@ -225,7 +225,7 @@ def test_names_that_no_frame_has_and_labels_that_nobody_reads(tmp_path):
     assert message.startswith("10 of 12 frames have an array 'pbe_forces'")
     keys = LabelKeys(energy="REF_enregy")
     file = read_frames(tmp_path / "0.xyz", keys=keys, finite=False)
-    with pytest.raises(InputError, match="0.xyz: no frame has energy under the name 'REF_enregy'"):
+    with pytest.raises(InputError, match="0.xyz: no frame has 'REF_enregy', the key of energy"):
         inspect_files([file], 4.0, keys=keys)
 
 

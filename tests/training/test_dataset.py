@@ -386,7 +386,7 @@ def test_labels_that_nobody_finds_are_told(read, folder):
 
 
 def test_the_name_of_a_label_that_no_frame_has(read):
-    with pytest.raises(InputError, match=r"data.keys.energy is 'REF_enregy', which no frame of train.xyz has; "):
+    with pytest.raises(InputError, match="train.xyz: no frame has 'REF_enregy', the key of energy"):
         read(keys={"energy": "REF_enregy"})
 
 

@@ -155,5 +155,5 @@ def test_a_device_that_never_ends(folder, values):
     with pytest.raises(InputError, match="/dev/zero has more than 4 MiB"):
         load_recipe("/dev/zero")
     values["data"]["train"] = "/dev/zero"
-    with pytest.raises(InputError, match="/dev/zero is no regular file; accepted: a file of labelled frames"):
+    with pytest.raises(InputError, match="/dev/zero: is a device, a pipe or a socket; accepted: a regular file"):
         read_data(make_recipe(values, folder))
