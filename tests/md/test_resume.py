@@ -12,6 +12,7 @@ from test_run import Failing, Interrupted, Killed, Springs, copper, numbers, set
 from equimd.errors import InputError
 from equimd.frames import read_list, write_frames
 from equimd.md import CalculatorError, UnstableStart, run_md
+from equimd.units import KB_EV_PER_K
 
 
 def start() -> Atoms:
@@ -212,16 +213,26 @@ def test_a_start_beyond_the_largest_force_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_heavy_water_stays_heavy(tmp_path):
+@pytest.mark.parametrize("suffix", [".h5", ".xyz"])
+def test_isotopes_and_constraints_go_through_file_run_and_resume(tmp_path, suffix):
     water = Atoms("OH2", positions=[[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
     water.set_masses([15.999, 2.014, 2.014])
-    write_frames(tmp_path / "start.xyz", [water])
-    given = read_list(tmp_path / "start.xyz")[0]
-    run_md(given, Springs(), settings(timestep_fs=0.5), tmp_path / "a.xyz")
-    for frame in read_list(tmp_path / "a.xyz"):
+    water.set_constraint(FixAtoms([0]))
+    write_frames(tmp_path / f"start{suffix}", [water])
+    given, path, chosen = read_list(tmp_path / f"start{suffix}")[0], tmp_path / f"a{suffix}", {"timestep_fs": 0.5}
+    result = run_md(given, Springs(), settings(**chosen), path)
+    frames = read_list(path)
+    for frame in frames:
         np.testing.assert_array_equal(frame.get_masses(), [15.999, 2.014, 2.014])
+        np.testing.assert_array_equal(frame.positions[0], water.positions[0])
+        assert [list(constraint.index) for constraint in frame.constraints] == [[0]]
+    by_hand = [2 * frame.get_kinetic_energy() / (6 * KB_EV_PER_K) for frame in frames]
+    assert result.mean_temperature_K == pytest.approx(np.mean(by_hand), rel=1e-4)  # 8 decimals in a text file
     light = given.copy()
     light.set_masses("defaults")
     with pytest.raises(InputError, match=r"masses changed: 2\.014 before and 1\.008 now, of atom 1 \(H\)"):
-        run_md(light, Springs(), settings(timestep_fs=0.5, steps=90), tmp_path / "a.xyz", resume=True)
-    assert run_md(given, Springs(), settings(timestep_fs=0.5, steps=90), tmp_path / "a.xyz", resume=True).steps == 90
+        run_md(light, Springs(), settings(**chosen, steps=90), path, resume=True)
+    assert run_md(given, Springs(), settings(**chosen, steps=90), path, resume=True).steps == 90
+    again = run_md(frames[-1], Springs(), settings(**chosen, steps=3), tmp_path / f"b{suffix}")  # from its last frame
+    assert again.stopped is None
+    np.testing.assert_allclose(read_list(tmp_path / f"b{suffix}")[0].get_momenta(), frames[-1].get_momenta(), atol=1e-7)
