@@ -241,7 +241,7 @@ def test_labels_that_are_not_finite_in_part_are_not_dropped(tmp_path):
 
 
 def test_units_are_never_assumed_in_silence(tmp_path, caplog):
-    foreign(tmp_path / "a.h5", species=np.array([8, 1]), unit=False)
+    foreign(tmp_path / "a.h5", species=np.array([8, 1]), unit=False, edges=(30.0, 31.0, 32.0))
     with pytest.warns(PlausibilityWarning, match="are positions in nm"):
         assert read_list(tmp_path / "a.h5")[0].positions[1, 0] == pytest.approx(0.1)
     assert "names no unit" in caplog.text
