@@ -153,7 +153,9 @@ def is_isolated_atom(atoms: Atoms) -> bool:
 
 def _of_sum(what: What, total: float, base: float, source: str) -> list[Statement]:
     """What a sum over atoms states; nothing if it is no integer, as charges of a part or a guess of moments are not."""
-    nearest = float(round(total)) if np.isfinite(total) else np.nan
+    if not np.isfinite(total):
+        raise InputError(f"{source} add up to {total}; accepted: finite numbers")
+    nearest = float(round(total))
     return [Statement(what, base + nearest, source)] if abs(total - nearest) <= _ROUNDED else []
 
 
