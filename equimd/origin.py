@@ -11,9 +11,9 @@ from typing import Any
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from equimd.errors import InputError
-
 KEY = "predicted_by"
+_OF_ENERGY = "; energy "
+_SAME_ENERGY = 1e-4  # eV; text formats keep eight decimals, and reference energies differ by far more
 
 # Names that ASE gives to calculators of machine-learned potentials: the class without "Calculator", in lower case.
 _POTENTIALS = {"ani", "cpunep", "dp", "gpunep", "nep", "orb", "pace", "pet", "quip", "spk", "tp", "uma", "umpa"}
@@ -36,12 +36,13 @@ def predicted_by(atoms: Atoms) -> str | None:
     """
     calc = atoms.calc
     if calc is None:
-        return _words(atoms.info.get(KEY))
+        return confirmed(atoms.info.get(KEY), None)
     parameters = getattr(calc, "parameters", None) or {}
-    stored = isinstance(calc, SinglePointCalculator)  # what the frame's own file said of it, in other readers
-    stated = parameters.get(KEY) or (atoms.info.get(KEY) if stored else None)
-    if stated:
-        return _words(stated)
+    if parameters.get(KEY):
+        return str(parameters[KEY])
+    # What the frame's own file said of it, as other readers leave it.
+    if isinstance(calc, SinglePointCalculator) and (by := confirmed(atoms.info.get(KEY), _energy(atoms))):
+        return by
     if {"potential", "family"} <= set(parameters):  # what equimd 0.1.0 stored in ASE's trajectories
         return f"equimd potential {parameters['potential']}"
     own = getattr(calc, "origin", None)
@@ -64,40 +65,51 @@ def origin_of(calculator: Any) -> str | None:
 
 
 def mark(atoms: Atoms, by: str | None) -> Atoms:
-    """The frame, whose calculator from now on says that ``by`` made its results; nothing is done for None."""
+    """The frame, which from now on says that ``by`` made its results; nothing is done for None.
+
+    Its calculator says so, and so does ``info``, for writers of text that know no calculator. The entry in ``info``
+    holds the energy, so that it speaks no longer of a frame that a reference labels later.
+    """
     if by and atoms.calc is not None:
         parameters: Any = atoms.calc.parameters
         parameters[KEY] = by
+        atoms.info[KEY] = _stamp(by, _energy(atoms))
     return atoms
 
 
 def stated_in_info(atoms: Atoms) -> Atoms:
-    """The frame as text formats need it: its origin among ``info``; a copy if it has one."""
+    """The frame as text formats need it: its origin among ``info``; a copy if that has to change."""
     by = predicted_by(atoms)
-    if by is None:
+    wanted = None if by is None else _stamp(by, _energy(atoms))
+    if atoms.info.get(KEY) == wanted:
         return atoms
     copy = atoms.copy()
     copy.calc = atoms.calc
-    copy.info[KEY] = by
+    copy.info.pop(KEY, None)
+    if wanted is not None:
+        copy.info[KEY] = wanted
     return copy
 
 
-def refuse_predictions(atoms: Atoms, where: str, accept: str) -> None:
-    """Refuse a frame whose results are predictions; ``accept`` says how the user can allow them.
-
-    Raises:
-        InputError: with ``where`` and the potential that made them.
-    """
-    by = predicted_by(atoms)
-    if by is not None:
-        raise InputError(
-            f"{where}: its energy and forces are predictions ({by}), not labels; accepted: frames that a reference"
-            f" method labelled, or {accept}"
-        )
+def confirmed(stated: Any, energy: float | None) -> str | None:
+    """Who made results with this energy (eV), as an entry of ``info`` states it; None if it speaks of other results."""
+    if not stated:
+        return None
+    by, found, predicted = str(stated).partition(_OF_ENERGY)
+    try:
+        other = bool(found) and energy is not None and abs(float(predicted.split()[0]) - energy) > _SAME_ENERGY
+    except (ValueError, IndexError):
+        return str(stated)
+    return None if other else by
 
 
-def _words(value: Any) -> str | None:
-    return str(value) if value else None
+def _stamp(by: str, energy: float | None) -> str:
+    return by if energy is None else f"{by}{_OF_ENERGY}{energy:.6f} eV"
+
+
+def _energy(atoms: Atoms) -> float | None:
+    value = (getattr(atoms.calc, "results", None) or {}).get("energy")
+    return None if value is None else float(value)
 
 
 def _plain(name: str) -> str:

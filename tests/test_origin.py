@@ -65,8 +65,8 @@ def test_every_format_keeps_the_origin(tmp_path, calculator, name):
     frames = [frame for _, frame in iterate_md(water(), calculator, make_settings(steps=2, stride=1, timestep_fs=0.1))]
     path = tmp_path / name
     if name == "ase.xyz":  # ASE writes no calculator into it, so the frame must say it
-        write_frames(tmp_path / "ours.xyz", frames)
-        ase.io.write(path, ase.io.read(tmp_path / "ours.xyz", ":"))
+        write_frames(tmp_path / "ours.h5", frames)
+        ase.io.write(path, read_list(tmp_path / "ours.h5"))
     elif name.startswith("ase"):
         ase.io.write(path, frames)
     else:
@@ -115,6 +115,26 @@ def test_new_labels_take_the_place_of_predictions(tmp_path, calculator):
     relabelled = label(frames, "gfn2-xtb")
     assert [predicted_by(frame) for frame in relabelled] == [None] * 2
     assert KEY not in strip_labels(frames[0]).info
+
+
+def test_what_a_frame_says_of_its_predictions_is_not_said_of_labels_that_come_later(tmp_path, calculator):
+    """As in active learning: frames of a run, labelled by a reference, written by ASE."""
+    run_md(water(), calculator, make_settings(steps=1, stride=1, timestep_fs=0.1), tmp_path / "run.h5")
+    frames = read_list(tmp_path / "run.h5")
+    for atoms in frames:
+        forces = labels_of(atoms)["forces"] + 0.01
+        atoms.calc = SinglePointCalculator(atoms, energy=labels_of(atoms)["energy"] + 0.3, forces=forces)
+    assert [predicted_by(frame) for frame in frames] == [None] * 2
+    for write in (ase.io.write, write_frames):
+        write(tmp_path / "labelled.xyz", frames)
+        read = read_list(tmp_path / "labelled.xyz")
+        assert [predicted_by(frame) for frame in read] == [None] * 2
+        assert evaluate_accuracy(calculator, read).force.mae == pytest.approx(0.01, rel=1e-3)
+    # The twin: with the energy of the prediction they are predictions still.
+    for atoms in read_list(tmp_path / "run.h5"):
+        atoms.calc = SinglePointCalculator(atoms, **atoms.calc.results)
+        ase.io.write(tmp_path / "same.xyz", atoms)
+        assert predicted_by(read_list(tmp_path / "same.xyz")[0]) == calculator.origin
 
 
 def test_a_file_has_one_origin(tmp_path, calculator):

@@ -148,13 +148,13 @@ def attach_labels(atoms: Atoms, units_: UnitSpec, keys: LabelKeys, where: str) -
     if units_.length_factor != 1.0:
         atoms.positions *= units_.length_factor
         atoms.set_cell(atoms.cell.array * units_.length_factor)
+    stated = atoms.info.pop(origin.KEY, None)
     by = origin.predicted_by(atoms)
-    atoms.info.pop(origin.KEY, None)
     _move_results(atoms, keys, where)
     results = collect_labels(atoms, units_, keys, where, remove=True)
     results |= _other_results(atoms, units_, where)
     atoms.calc = SinglePointCalculator(atoms, **results)
-    return origin.mark(atoms, by)
+    return origin.mark(atoms, by or origin.confirmed(stated, results.get("energy")))
 
 
 def _move_results(atoms: Atoms, keys: LabelKeys, where: str) -> None:
