@@ -21,9 +21,13 @@ def set_threads():
 # Tests that are slow by their nature, most of them because they compile large networks or start processes: beginnings
 # of node ids. They carry the marker "slow" beside the tests that carry it in their own files, and CI runs them all.
 SLOW = (
+    "tests/calculators/test_openmm.py::test_equals_the_ase_calculator[equivariant-molecule-double",
+    "tests/calculators/test_openmm.py::test_equals_the_ase_calculator[transformer-molecule-double",
+    "tests/calculators/test_openmm_docs.py::test_code_of_the_page_runs[docs",
     "tests/kernels/test_convolve.py::test_equals_e3nn[2-True",
     "tests/kernels/test_convolve.py::test_equals_e3nn[3",
     "tests/kernels/test_convolve.py::test_gradients_equal_reference[3",
+    "tests/kernels/test_dual.py::test_threads_do_not_matter",
     "tests/kernels/test_dual.py::test_value_rate_and_gradients[2",
     "tests/kernels/test_dual.py::test_value_rate_and_gradients[3",
     "tests/kernels/test_network.py::test_equals_reference_in_float32[settings1",
@@ -52,6 +56,7 @@ SLOW = (
     "tests/test_examples.py::test_example[search_optuna",
     "tests/test_examples.py::test_example[train_tiny",
     "tests/test_gpu_benchmark.py::test_a_device_that_is_not_there_ends_it",
+    "tests/training/test_dataset.py::test_training_from_the_cache_is_training_from_memory",
     "tests/training/test_distributed.py::test_a_killed_process",
     "tests/training/test_distributed.py::test_a_signal_to_one_process",
     "tests/training/test_distributed.py::test_means_over_the_labels",
