@@ -22,6 +22,9 @@ _POTENTIAL_PREFIXES += ("grace", "m3gnet", "mace", "matgl", "matris", "mattersim
 _POTENTIAL_PREFIXES += ("nequix", "orbcalc", "petmad", "pyace", "schnet", "sevennet", "so3lr", "spkcalc", "tensorpot")
 _POTENTIAL_PREFIXES += ("torchani", "upet")
 
+# Entries of ``info``, in lower case, in which files of others name the calculator.
+_ENTRIES = ("calculator", "calc", "calculator_name", "method", "model", "mlip", "potential")
+
 # Electronic-structure codes, by the names that ASE gives to their calculators; what they store in a run are labels.
 _REFERENCES = {"abinit", "aims", "amber-qm", "castep", "cp2k", "crystal", "demon", "dftb", "dftb+", "dftd3", "dftd4"}
 _REFERENCES |= {"dmol", "elk", "espresso", "exciting", "fleur", "gamess_us", "gaussian", "gpaw", "mopac", "nwchem"}
@@ -36,7 +39,7 @@ def predicted_by(atoms: Atoms) -> str | None:
     """
     calc = atoms.calc
     if calc is None:
-        return confirmed(atoms.info.get(KEY), None)
+        return confirmed(atoms.info.get(KEY), None) or named_in_info(atoms)
     parameters = getattr(calc, "parameters", None) or {}
     if parameters.get(KEY):
         return str(parameters[KEY])
@@ -48,8 +51,30 @@ def predicted_by(atoms: Atoms) -> str | None:
     own = getattr(calc, "origin", None)
     if isinstance(own, str):
         return own
-    name = _plain(str(getattr(calc, "name", "")))
-    return name if name in _POTENTIALS or name.startswith(_POTENTIAL_PREFIXES) else None
+    if (name := _plain(str(getattr(calc, "name", "")))) and _is_potential(name):
+        return name
+    return named_in_info(atoms) if isinstance(calc, SinglePointCalculator) else None
+
+
+def named_in_info(atoms: Atoms) -> str | None:
+    """The machine-learned potential that an entry such as ``calculator`` of ``info`` names; None without one."""
+    for key, value in atoms.info.items():
+        if isinstance(key, str) and key.lower() in _ENTRIES and isinstance(value, str) and _is_potential(_plain(value)):
+            return value
+    return None
+
+
+def potential_behind(calculator: Any) -> str | None:
+    """The potential that a live calculator computes with, in words, also as a part of a sum; None for other methods."""
+    own = getattr(calculator, "origin", None)
+    if isinstance(own, str):
+        return own
+    parts = getattr(getattr(calculator, "mixer", None), "calcs", None) or getattr(calculator, "calcs", None) or ()
+    for part in (*parts, *filter(None, [getattr(calculator, "calculator", None)])):
+        if (found := potential_behind(part)) is not None:
+            return found
+    name = _plain(str(getattr(calculator, "name", None) or type(calculator).__name__))
+    return name if _is_potential(name) else None
 
 
 def origin_of(calculator: Any) -> str | None:
@@ -114,3 +139,7 @@ def _energy(atoms: Atoms) -> float | None:
 
 def _plain(name: str) -> str:
     return name.lower().removesuffix("calculator")
+
+
+def _is_potential(name: str) -> bool:
+    return name in _POTENTIALS or name.startswith(_POTENTIAL_PREFIXES)

@@ -21,6 +21,7 @@ from ase.data import chemical_symbols
 
 from equimd.errors import InputError
 from equimd.origin import KEY as ORIGIN_KEY
+from equimd.theory import is_same_level
 
 METHODS = {"gfn1-xtb": "GFN1-xTB", "gfn2-xtb": "GFN2-xTB"}
 
@@ -135,7 +136,7 @@ def _say_failed(name: str, failed: dict[int, str], n_frames: int, of: str, refus
 def level_mismatch(calculator: Any, reference: str | None) -> str | None:
     """The level of theory that a potential was trained on, if it states one and ``reference`` is another; else None."""
     level = getattr(calculator, "level_of_theory", None)
-    same = level is None or reference is None or _plain(str(level)) == _plain(reference)
+    same = level is None or reference is None or is_same_level(str(level), reference)
     return None if same else str(level)
 
 
@@ -152,11 +153,6 @@ def check_level(calculator: Any, reference: str | None, other_level: bool = Fals
             f"{name} was trained on {level}, the reference is {reference}: the errors would be those between two levels"
             f" of theory; accepted: {level}, frames labelled with it, or --other-level (other_level=True)"
         )
-
-
-def _plain(level: str) -> str:
-    """Letters and digits of a level's name, so that GFN2-xTB is gfn2_xtb."""
-    return "".join(character for character in level.lower().replace("ω", "w") if character.isalnum())
 
 
 def isolated_atom_energies(name: str, numbers: Iterable[int]) -> dict[int, float]:

@@ -9,6 +9,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from toys import ToyPotential
 
@@ -22,6 +23,7 @@ from equimd.md import iterate_md, run_md
 from equimd.md.settings import make_settings
 from equimd.origin import KEY, origin_of, predicted_by
 from equimd.references import check_level, label, level_mismatch
+from equimd.theory import method_of
 
 BARE = Extras(floor_frames=0, check_frames=0)
 
@@ -185,3 +187,77 @@ def test_another_level_of_theory_is_refused_or_stands_beside_every_figure(calcul
     assert json.loads(symmetry.to_json())["other_level"] == "trained on wB97X, judged by gfn2-xtb"
     calculator.header = {"recipe": {"data": {"reference": "GFN2-xTB"}}}
     assert evaluate_accuracy(calculator, [water()], "gfn2-xtb").other_level is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_prediction"),
+    [
+        ({"calculator": "mace"}, True),
+        ({"Method": "MACE-OFF23"}, True),
+        ({"calculator": "VASP"}, False),
+        ({"method": "PBE"}, False),
+        ({"model": "TIP3P"}, False),
+        ({"note": "mace"}, False),
+    ],
+)
+def test_a_comment_line_that_names_the_potential(tmp_path, entry, is_prediction):
+    atoms = labelled()
+    atoms.info.update(entry)
+    ase.io.write(tmp_path / "other.xyz", atoms)
+    assert (predicted_by(read_list(tmp_path / "other.xyz")[0]) is not None) == is_prediction
+
+
+def test_a_potential_is_no_reference(calculator):
+    for reference in (calculator, SumCalculator([LennardJones(), calculator])):
+        with pytest.raises(
+            InputError, match="the reference is a potential .*; accepted: a reference method, or accept"
+        ):
+            evaluate_accuracy(calculator, [water()], reference)
+        with pytest.raises(InputError, match="the reference is a potential"):
+            equivariance_error(calculator, [water()], 2, reference=reference, extras=BARE)
+    assert evaluate_accuracy(calculator, [water()], calculator, accept_predictions=True).force.mae == 0.0
+    assert evaluate_accuracy(calculator, [water()], LennardJones()).force.mae > 0.0
+
+
+@pytest.mark.parametrize(
+    ("entry", "same"),
+    [
+        ({"reference": "gfn1-xtb"}, False),
+        ({"level_of_theory": "wB97M-D3BJ/def2-TZVPPD"}, False),
+        ({"method": "B3LYP"}, False),
+        ({"Reference": "GFN2-xTB"}, True),
+        ({"method": "normal modes"}, True),
+        ({}, True),
+    ],
+)
+def test_a_level_that_frames_state_is_compared(entry, same):
+    calculator = EquimdCalculator(ToyPotential(), self_check=False)
+    calculator.header = {"reference": "GFN2-xTB"}
+    frames = [labelled()]
+    frames[0].info.update(entry)
+    if same:
+        assert evaluate_accuracy(calculator, frames).other_level is None
+        return
+    with pytest.raises(InputError, match="frame 0 was labelled by .*was trained on GFN2-xTB"):
+        evaluate_accuracy(calculator, frames)
+    with pytest.raises(InputError, match="frame 0 was labelled by"):
+        equivariance_error(calculator, frames, 2, extras=BARE)
+    (level,) = entry.values()
+    allowed = equivariance_error(calculator, frames, 2, other_level=True, extras=BARE)
+    assert allowed.other_level == f"trained on GFN2-xTB, judged by {level}"
+    calculator.header = {}  # a potential that does not say what it was trained on
+    assert evaluate_accuracy(calculator, frames).other_level is None
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("PBE-D3(BJ)/def2-SVP", "pbe"),
+        ("PBE0", "pbe0"),
+        ("revPBE", "revpbe"),
+        ("ωB97X/6-31G(d)", "wb97x"),
+        ("rattle", None),
+    ],
+)
+def test_methods_are_found_in_names_of_levels(text, method):
+    assert method_of(text) == method

@@ -122,7 +122,9 @@ def evaluate_accuracy(
         [stress for part in parts for stress in part.stresses],
     )
     result = _summarise(force_field.name, force_field.device, force_field.dtype, listed, labels, predicted)
-    return result.model_copy(update={"other_level": level_in_words(force_field, reference), "lossy": lossy_of(listed)})
+    return result.model_copy(
+        update={"other_level": level_in_words(listed, force_field, reference), "lossy": lossy_of(listed)}
+    )
 
 
 def _summarise(

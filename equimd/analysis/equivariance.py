@@ -132,7 +132,7 @@ def equivariance_error(
         stress=stress_block(spreads, kind),
         loss=loss_block(spreads),
         degree_check=check,
-        other_level=level_in_words(force_field, reference),
+        other_level=level_in_words(listed, force_field, reference),
         lossy=lossy_of(listed),
         per_frame=per_frame_block(spreads),
         provenance=provenance(),

@@ -11,7 +11,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from equimd import frames
 from equimd.calculators.forcefield import as_force_field
 from equimd.errors import InputError
-from equimd.origin import predicted_by
+from equimd.origin import potential_behind, predicted_by
+from equimd.theory import is_same_level, method_of, stated_level
 
 Progress = Callable[[int, int], None]
 
@@ -57,8 +58,8 @@ class LabelSource:
     """Where labels come from.
 
     reference: a name ("gfn2-xtb"), an ASE calculator or a ForceField; None takes the frames' own labels.
-    accept_predictions: take results that a potential made (see ``equimd.origin``) for labels.
-    other_level: a named reference may be another level of theory than the one that the potential was trained on.
+    accept_predictions: take results that a potential made (see ``equimd.origin``) for labels, stored or computed now.
+    other_level: the labels may be of another level of theory than the one that the potential was trained on.
     """
 
     reference: Any | None = None
@@ -76,10 +77,18 @@ def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSour
     Absent, too, are labels of frames on which a named reference fails; a warning names these.
 
     Raises:
-        InputError: for a reference that is not known, or is another level of theory than the potential's.
+        InputError: for a reference that is not known or is a potential itself, or labels of another level of theory
+            than the potential's.
     """
     reference = source.reference
     if reference is None:
+        if not source.other_level and (other := _labelled_at_another_level(structures, calculator)) is not None:
+            index, level, own = other
+            raise InputError(
+                f"frame {index} was labelled by {level}, {getattr(calculator, 'name', 'the potential')} was trained on"
+                f" {own}: the errors would be those between two levels of theory; accepted: labels of {own}, or"
+                " --other-level (other_level=True)"
+            )
         absent = Labels(None, None, None)
         use_all = source.accept_predictions
         return [labels_of(frame) if use_all or predicted_by(frame) is None else absent for frame in structures]
@@ -89,6 +98,12 @@ def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSour
         check_level(calculator, reference, source.other_level)
 
         return [labels_of(frame) for frame in label_where_possible(structures, reference)[0]]
+    by = potential_behind(reference)
+    if by is not None and not source.accept_predictions:
+        raise InputError(
+            f"the reference is a potential ({by}), whose results are predictions and no labels; accepted: a reference"
+            " method, or accept_predictions=True"
+        )
     evaluation = as_force_field(reference).evaluate(structures)
     return [
         Labels(float(e), f, s)
@@ -96,12 +111,27 @@ def reference_labels(structures: list[Atoms], calculator: Any, source: LabelSour
     ]
 
 
-def level_in_words(calculator: Any, reference: Any) -> str | None:
-    """What to write beside figures, if a named reference is another level of theory than that of the training."""
+def level_in_words(structures: list[Atoms], calculator: Any, reference: Any) -> str | None:
+    """What to write beside figures, if labels are of another level of theory than that of the training."""
     from equimd.references import level_mismatch
 
+    if reference is None:
+        other = _labelled_at_another_level(structures, calculator)
+        return None if other is None else f"trained on {other[2]}, judged by {other[1]}"
     level = level_mismatch(calculator, reference) if isinstance(reference, str) else None
     return None if level is None else f"trained on {level}, judged by {reference}"
+
+
+def _labelled_at_another_level(structures: list[Atoms], calculator: Any) -> tuple[int, str, str] | None:
+    """Index of the first frame that states another level than the training's, its level and the training's."""
+    own = getattr(calculator, "level_of_theory", None)
+    if method_of(own) is None:
+        return None
+    for index, frame in enumerate(structures):
+        level = stated_level(frame)
+        if level is not None and not is_same_level(level, str(own)):
+            return index, level, str(own)
+    return None
 
 
 def unused_predictions(structures: list[Atoms], source: LabelSource) -> str | None:

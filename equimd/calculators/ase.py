@@ -293,9 +293,11 @@ class EquimdCalculator(Calculator):
     def with_dtype(self, dtype: str) -> "EquimdCalculator":
         """The same weights in another precision, as another calculator."""
         from equimd.calculators.loading import torch_dtype
+        from equimd.kernels.ambient import building
 
         other = copy.copy(self)
-        other._use(copy.deepcopy(self._base).to(torch_dtype(dtype)))
+        with building():
+            other._use(copy.deepcopy(self._base).to(torch_dtype(dtype)))
         return other
 
     def profile(self, atoms: Atoms, repeats: int = 10) -> dict[str, float]:

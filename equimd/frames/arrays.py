@@ -18,7 +18,7 @@ from equimd.errors import FailedError
 from equimd.frames.fingerprints import WIDTH
 from equimd.results import write_text_atomically
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 META_FILE = "meta.json"
 _NUMBERS_PER_CHUNK = 1 << 20  # atoms and edges of what is looked at at once
 NOT_FOR_WANT_OF_FILES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)

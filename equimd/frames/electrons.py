@@ -2,10 +2,11 @@
 
 Entries of ``atoms.info`` count by their name, in any case and behind any prefix: ``charge``, ``total_charge``,
 ``REF_charge``, ``charge_state`` are charges in e; ``multiplicity``, ``spin_multiplicity`` are 2S + 1; ``spin`` and
-``total_spin`` are 2S + 1 too, where 0 counts as a singlet, since some programs store 2S there. If no entry speaks of a
-charge, initial charges do when they add up to an integer; if none speaks of a spin, initial magnetic moments do.
-Charges that an analysis assigns to atoms (Mulliken, MBIS) state nothing, and neither does an isolated atom, which is
-open-shell by nature and only sets a zero of energy.
+``total_spin`` are 2S + 1 too, where 0 counts as a singlet, since some programs store 2S there. If no entry speaks of
+a charge, initial charges do when they add up to an integer; if none speaks of a spin, initial magnetic moments do. A
+moment that a reference computed for a molecule (``magmom``) counts too. Charges that an analysis assigns to atoms
+(Mulliken, MBIS) state nothing, and neither does an isolated atom, which is open-shell by nature and only sets a zero
+of energy.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
 
 What = Literal["charge", "multiplicity", "spin"]
-_NAMES: dict[str, What] = {"charge": "charge", "multiplicity": "multiplicity", "mult": "multiplicity", "spin": "spin"}
+_NAMES: dict[str, What] = {"charge": "charge", "chg": "charge", "multiplicity": "multiplicity", "spin": "spin"}
+_NAMES |= {"mult": "multiplicity", "2s+1": "multiplicity"}
+# Numbers of unpaired electrons, 2S: one less than the multiplicity.
+_UNPAIRED = ("uhf", "nunpaired", "unpaired")
+_NAMES |= dict.fromkeys(_UNPAIRED, "multiplicity")
 # What may be joined to a name without an underscore: totalCharge, spinMultiplicity.
 _JOINED = ("total", "net", "system", "molecular", "formal", "spin", "ref", "dft", "qm")
 # Words that make it the charge or spin of a part, of an analysis, or of nuclei.
@@ -93,8 +99,8 @@ def stated_electrons(atoms: Atoms, where: str = "") -> list[Statement]:
         InputError: for an entry that is no number, beginning with ``where``.
     """
     arrays = atoms.arrays
-    entries = electron_entries(atoms)
-    if not entries and "initial_charges" not in arrays and "initial_magmoms" not in arrays:
+    entries, moment = electron_entries(atoms), _moment_of_molecule(atoms)
+    if not entries and moment is None and "initial_charges" not in arrays and "initial_magmoms" not in arrays:
         return []
     if is_isolated_atom(atoms):
         return []
@@ -102,6 +108,7 @@ def stated_electrons(atoms: Atoms, where: str = "") -> list[Statement]:
     for name, value in entries.items():
         number = _number(value, f"{where}{name}")
         if number is not None:
+            number += 1.0 if str(name).lower().endswith(_UNPAIRED) else 0.0
             found.append(Statement(electron_kind(name), number, name))  # type: ignore[arg-type]
     kinds = {one.what for one in found}
     if "charge" not in kinds and "initial_charges" in arrays:
@@ -110,7 +117,17 @@ def stated_electrons(atoms: Atoms, where: str = "") -> list[Statement]:
         # A vector for each atom if moments are not collinear.
         total = float(np.linalg.norm(np.atleast_1d(arrays["initial_magmoms"].sum(axis=0))))
         found += _of_sum("multiplicity", total, 1.0, "initial_magmoms")
+    elif not kinds & {"multiplicity", "spin"} and moment is not None:
+        found += _of_sum("multiplicity", moment, 1.0, "magmom")
     return found
+
+
+def _moment_of_molecule(atoms: Atoms) -> float | None:
+    """The magnetic moment that a reference computed for a molecule; that of a crystal is no choice of its spin."""
+    if not isinstance(atoms.calc, SinglePointCalculator) or atoms.pbc.any():
+        return None
+    moment = atoms.calc.results.get("magmom")
+    return None if moment is None else float(np.linalg.norm(np.atleast_1d(moment)))
 
 
 def electron_entries(atoms: Atoms) -> dict[str, Any]:

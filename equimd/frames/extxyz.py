@@ -1,8 +1,9 @@
 """Reads extended XYZ, plain or gzipped. The writer is in `xyz_writer`.
 
 Format: https://github.com/libAtoms/extxyz. Columns have the meaning that they have for ASE: `move_mask` becomes
-constraints, `masses`, `tags`, `momenta`, `initial_charges` and `initial_magmoms` are those of the atoms, `charge` is a
-result. `mass` is read as masses if it is in amu. Other columns, velocities among them, stay in `arrays` as they are.
+constraints, `masses`, `tags`, `momenta`, `initial_charges` and `initial_magmoms` are those of the atoms, `charge` is
+a result. `mass` is read as masses, in amu or in QUIP's unit. Other columns, velocities among them, stay in `arrays`
+as they are.
 """
 
 import gzip
@@ -22,6 +23,7 @@ from ase.data import atomic_masses, atomic_numbers
 
 from equimd.errors import InputError
 from equimd.frames.comment import Text, lattice_of, pbc_of, split, value_of
+from equimd.units import ASE_TIME_FS
 
 _DEFAULT_PROPERTIES = "species:S:1:pos:R:3"
 _BOOLEANS = {"T": True, "True": True, "true": True, "TRUE": True, "1": True}
@@ -37,6 +39,7 @@ _OF_ATOMS = {
     "initial_charges": (((),), "fi"),
     "initial_magmoms": (((), (3,)), "fi"),
 }
+_QUIP_MASS = ASE_TIME_FS**2  # an amu in QUIP's unit of mass, eV fs² / Å²
 _AMU = (0.3, 4.1)
 """Ratio of a mass in amu to that of the element: from muonium to hydrogen of repartitioned mass."""
 
@@ -246,7 +249,7 @@ def _to_atoms(arrays: dict[str, np.ndarray], info: dict, cell: np.ndarray | None
         raise InputError(f"{where}: there are two columns for {clash}; accepted: one")
     atoms = Atoms(numbers, positions=positions, cell=cell, pbc=pbc, info=info)
     move_mask = arrays.pop("move_mask", None)
-    _rename(arrays, atoms)
+    _rename(arrays, atoms, where)
     for name, values in arrays.items():
         shapes, kinds = _OF_ATOMS.get(name, ((values.shape[1:],), values.dtype.kind))
         if values.shape[1:] not in shapes or values.dtype.kind not in kinds:
@@ -262,16 +265,23 @@ def _first(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray 
     return next((arrays.pop(name) for name in names if name in arrays), None)
 
 
-def _rename(arrays: dict[str, np.ndarray], atoms: Atoms) -> None:
+def _rename(arrays: dict[str, np.ndarray], atoms: Atoms, where: str) -> None:
     """ASE calls the charges of a calculator `charge`; libAtoms calls masses `mass`, QUIP in units of its own."""
     if "charge" in arrays and "charges" not in arrays:
         arrays["charges"] = arrays.pop("charge")
-    mass = arrays.get("mass")
-    if mass is not None and "masses" not in arrays and mass.ndim == 1 and mass.dtype.kind in "fi":
+    key = next((name for name in arrays if name.lower() in ("mass", "masses") and name != "masses"), None)
+    mass = None if key is None else arrays[key]
+    if key is not None and mass is not None and "masses" not in arrays and mass.ndim == 1 and mass.dtype.kind in "fi":
         known = np.clip(atoms.numbers, 0, len(atomic_masses) - 1)
         ratio = mass / atomic_masses[known]
-        if ((ratio > _AMU[0]) & (ratio < _AMU[1])).all():
-            arrays["masses"] = arrays.pop("mass")
+        for unit in (1.0, _QUIP_MASS):
+            if ((ratio / unit > _AMU[0]) & (ratio / unit < _AMU[1])).all():
+                arrays["masses"] = arrays.pop(key) / unit
+                return
+        worst = int(np.argmax(np.abs(np.log(np.clip(ratio, 1e-9, None)))))
+        raise InputError(
+            f"{where}: column {key!r} gives atom {worst} a mass of {mass[worst]:g}; accepted: masses in amu"
+        )
 
 
 def constraints_of(move_mask: np.ndarray, where: str) -> list[FixAtoms | FixCartesian]:

@@ -17,6 +17,7 @@ from equimd.frames.labels import DEFAULT_KEYS, LabelKeys, labels_of, not_finite
 from equimd.frames.unclaimed import unclaimed_labels
 from equimd.neighbors import neighbor_list, used_cell
 from equimd.origin import predicted_by
+from equimd.theory import stated_level
 
 FRAMES_PER_CHUNK = 256
 ATOMS_PER_CHUNK = 20_000
@@ -32,7 +33,8 @@ class Packer:
     message] about its first frames, see ``check_plausible``); not_finite ([index, what]; only of frames that were read
     with ``finite=False``); unclaimed ([file, message] about what looks like a label and is not read as one, see
     ``unclaimed_labels``); electrons (charges and spins that frames state, see ``Tally``); predictions ([who made them,
-    how many frames, index of the first] of results that are no labels, see ``equimd.origin``).
+    how many frames, index of the first] of results that are no labels, see ``equimd.origin``); levels (the same of
+    levels of theory that frames state, see ``equimd.theory``).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Packer:
         self._unclaimed: list[tuple[int, str]] = []
         self._electrons = Tally()
         self._predictions: dict[str, tuple[int, int]] = {}
+        self._levels: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> "Packer":
         return self
@@ -98,10 +101,10 @@ class Packer:
         self._files.append(index + 1 if n_frames is None else n_frames)
 
     def _note_origin(self, index: int, atoms: Atoms) -> None:
-        by = predicted_by(atoms)
-        if by is not None and any(value is not None for value in labels_of(atoms).values()):
-            count, first = self._predictions.get(by, (0, index))
-            self._predictions[by] = count + 1, first
+        for found, said in ((self._predictions, predicted_by(atoms)), (self._levels, stated_level(atoms))):
+            if said is not None and any(value is not None for value in labels_of(atoms).values()):
+                count, first = found.get(said, (0, index))
+                found[said] = count + 1, first
 
     def _add_isolated(self, atoms: Atoms, where: str) -> None:
         energy, number = labels_of(atoms)["energy"], int(atoms.numbers[0])
@@ -128,6 +131,7 @@ class Packer:
             "unclaimed": self._unclaimed,
             "electrons": self._electrons.entries,
             "predictions": [[by, count, first] for by, (count, first) in self._predictions.items()],
+            "levels": [[level, count, first] for level, (count, first) in self._levels.items()],
             **extra,
         }
         if self._writer is not None:

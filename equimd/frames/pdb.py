@@ -23,6 +23,7 @@ from equimd.frames.topology import Site, Topology, with_masses
 
 LOSSY = "pdb: positions rounded to 0.001 Å, cell orientation lost"
 _ATOMS = ("ATOM  ", "HETATM")
+_CHARGE = re.compile(r"(\d)([+-])")
 _TIME = re.compile(r"\bt\s*=\s*([-+.\deE]+)")
 
 
@@ -58,6 +59,9 @@ class PdbTrajectory:
             if box is not None:
                 atoms.set_cell(box)
                 atoms.pbc = True
+            charges = [_formal_charge(line) for line in lines]
+            if any(charges):
+                atoms.set_initial_charges(charges)
             atoms.info["lossy"] = LOSSY
             if time is not None:
                 atoms.info["time_fs"] = 1000.0 * time
@@ -80,7 +84,9 @@ class PdbTrajectory:
                     if record in _ATOMS:
                         lines.append(line.rstrip("\n"))
                     elif record == "CRYST1":
-                        box, n_boxes = self._box(line), n_boxes + 1
+                        before, box, n_boxes = box, self._box(line), n_boxes + 1
+                        if n_boxes > 1 and (before is None) != (box is None):
+                            self._notice("has models with a box and models with the dummy of none")
                     elif record == "TITLE " and (found := _TIME.search(line)):
                         time = float(found[1])
                     elif record.rstrip() in ("END", "ENDMDL", "MODEL") and lines:
@@ -159,6 +165,12 @@ def box_vectors(lengths: Any, angles: Any, where: str) -> np.ndarray | None:
         shown = ", ".join(f"{value:g}" for value in (*lengths, *angles))
         raise InputError(f"{where}: the box is {shown}; accepted: positive lengths and angles that close a cell")
     return np.asarray(cell)
+
+
+def _formal_charge(line: str) -> int:
+    """Columns 79-80, such as ``1+`` or ``2-``; 0 if they hold anything else, as files of old do."""
+    found = _CHARGE.fullmatch(line[78:80])
+    return 0 if found is None else int(found[1]) * (1 if found[2] == "+" else -1)
 
 
 def _site(line: str) -> Site:

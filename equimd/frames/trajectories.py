@@ -8,6 +8,8 @@ comparisons: half of 0.01 Å on a bond of 30 eV/Å² is 0.15 eV/Å.
 """
 
 import json
+import logging
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,24 +127,45 @@ class MdtrajTrajectory:
         Raises:
             InputError: if the topology does not fit, or the file cannot be read.
         """
-        chunks = self._chunks()
+        chunks, n_frames = self._chunks(), 0
         while True:
             try:
                 with _quiet():
                     chunk = next(chunks)
             except StopIteration:
+                self._compare_with_header(n_frames)
                 return
             except Exception as error:  # mdtraj's readers raise whatever they stumble over
                 raise InputError(
                     f"{self.path}: mdtraj cannot read it with this topology: {type(error).__name__} {str(error)[:120]}"
                 ) from error
+            n_frames += chunk.n_frames
             yield from self._convert(chunk)
+
+    def _compare_with_header(self, n_frames: int) -> None:
+        """A word if a DCD holds fewer frames than its header states; mdtraj passes over that."""
+        if self.path.suffix.lower() != ".dcd":
+            return
+        with open(self.path, "rb") as file:
+            head = file.read(12)
+        order = "<" if head[:4] == b"T\0\0\0" else ">"
+        (stated,) = struct.unpack(order + "i", head[8:12]) if len(head) == 12 and head[4:8] == b"CORD" else (0,)
+        if n_frames < stated:
+            logging.getLogger("equimd").warning(
+                "%s: its header states %d frames, it holds %d: was it cut?", self.path, stated, n_frames
+            )
 
     def _count(self) -> int:
         import mdtraj
 
-        with mdtraj.open(str(self.path)) as file:
-            return len(file)
+        try:
+            with _quiet(), mdtraj.open(str(self.path)) as file:
+                return len(file)
+        except Exception as error:  # mdtraj's readers raise whatever they stumble over
+            raise InputError(
+                f"{self.path}: mdtraj cannot count its frames ({type(error).__name__}: {str(error)[:120]}); accepted: a"
+                " whole file"
+            ) from error
 
     def _chunks(self) -> Iterator[Any]:
         import mdtraj

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 
+from equimd.errors import InputError
 from equimd.frames import check_structure
 from equimd.frames.transaction import recover
 from equimd.md.averages import Average, Mean
@@ -201,9 +203,21 @@ def _doubt(settings: MDSettings) -> None:
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
+def _check_motion(atoms: Atoms) -> None:
+    """Refuse masses and momenta with which nothing can move."""
+    masses, momenta = atoms.get_masses(), atoms.get_momenta()
+    wrong = np.flatnonzero(~(np.isfinite(masses) & (masses > 0)))
+    if wrong.size:
+        raise InputError(f"the mass of atom {wrong[0]} is {masses[wrong[0]]:g} u; accepted: finite and more than 0")
+    wrong = np.flatnonzero(~np.isfinite(momenta).all(axis=1))
+    if wrong.size:
+        raise InputError(f"the momentum of atom {wrong[0]} is {momenta[wrong[0]].tolist()}; accepted: finite numbers")
+
+
 def _prepared(atoms: Atoms, calculator: Any, settings: MDSettings) -> Atoms:
     """A copy of the structure with the calculator, checked."""
     check_structure(atoms, getattr(potential_of(calculator), "species", None))
+    _check_motion(atoms)
     check_constraints(atoms, settings.ensemble)
     atoms = atoms.copy()
     atoms.info.pop("lossy", None)  # what a format rounded is where the run starts, and no longer rounded

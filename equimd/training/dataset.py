@@ -17,6 +17,7 @@ from equimd.frames.compositions import composition_counts
 from equimd.frames.electrons import check_set
 from equimd.frames.fingerprints import duplicates_between
 from equimd.results import Block
+from equimd.theory import is_same_level, method_of
 from equimd.training.cache import Request, file_sha256, frame_arrays, remembered
 from equimd.training.data import FrameSet, check_frame_set, first_with
 from equimd.training.levels import check_level
@@ -131,6 +132,7 @@ def read_data(recipe: Recipe, progress: bool = False) -> Dataset:
         _check_plausible(recipe, arrays, paths)
         _check_electrons(recipe, split, arrays)
         _check_origin(recipe, split, arrays)
+        _check_levels(recipe, split, arrays)
         for file, message in arrays.meta["unclaimed"]:
             warnings.warn(f"{paths[file]}: {message}", UserWarning, stacklevel=2)
         sets[split] = FrameSet.from_arrays(arrays)
@@ -188,6 +190,25 @@ def _check_origin(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
         f"{file}, frame {frame}: energy and forces are predictions ({by}), not labels, as in {count} frames of the"
         " set; accepted: frames that a reference method labelled, or data.accept_predictions: true"
     )
+
+
+def _check_levels(recipe: Recipe, split: str, arrays: FrameArrays) -> None:
+    """Refuse labels of another level of theory than the recipe states; warn if frames of a set state several."""
+    levels, stated = arrays.meta["levels"], recipe.data.reference
+    for level, count, first in levels:
+        file, frame = _place(recipe, split, arrays, first)
+        if method_of(stated) is not None and not is_same_level(level, str(stated)):
+            raise InputError(
+                f"{file}, frame {frame}: labelled by {level}, as {count} frames say, but data.reference is {stated};"
+                " accepted: frames of that level, or the level of the labels as data.reference"
+            )
+        if not is_same_level(level, levels[0][0]):
+            warnings.warn(
+                f"{file}, frame {frame}: labelled by {level}, others of the set by {levels[0][0]}: one potential is for"
+                " one level of theory",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _place(recipe: Recipe, split: str, arrays: FrameArrays, index: int) -> tuple[str, int]:

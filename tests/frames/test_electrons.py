@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from equimd.errors import InputError
 from equimd.frames.electrons import Tally, check_atoms, check_set, electron_kind, stated_electrons
@@ -108,3 +109,20 @@ def test_a_set_is_for_one_charge_and_one_spin():
             check(with_info(charge=0), with_info(), with_info(REF_charge=1), charge=charge)
     with pytest.raises(InputError, match=r"frame 1 has 1 \(spin\)"):  # where spin is ever 0, it is 2S
         check(with_info(spin=0), with_info(spin=1))
+
+
+@pytest.mark.parametrize(("moment", "pbc", "stated"), [(2.0, False, [3.0]), (0.0, False, [1.0]), (2.0, True, [])])
+def test_the_moment_that_a_reference_computed_for_a_molecule(moment, pbc, stated):
+    """A crystal's moment follows from the structure; a molecule's is the spin that somebody chose."""
+    atoms = Atoms("O2", positions=[[0, 0, 0], [0, 0, 1.2]], cell=[9] * 3, pbc=pbc)
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, magmom=moment)
+    assert [one.value for one in stated_electrons(atoms)] == stated
+
+
+@pytest.mark.parametrize("name", ["uhf", "nunpaired", "REF_uhf", "2S+1", "chg"])
+def test_other_programs_words(name):
+    atoms = Atoms("O2", positions=[[0, 0, 0], [0, 0, 1.2]], info={name: 2})
+    (one,) = stated_electrons(atoms)
+    assert (one.what, one.value) == {"chg": ("charge", 2.0), "2S+1": ("multiplicity", 2.0)}.get(
+        name, ("multiplicity", 3.0)
+    )

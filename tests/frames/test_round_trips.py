@@ -132,13 +132,15 @@ def test_labels_are_those_without_constraints(tmp_path):
         np.testing.assert_array_equal(labels_of(read_list(tmp_path / name)[0])["forces"], RESULTS["forces"])
 
 
-@pytest.mark.parametrize(("ratio", "read"), [(1.0, True), (103.6427, False)])  # QUIP's masses are in eV fs²/Å²
-def test_a_column_mass_is_read_if_it_is_in_amu(tmp_path, ratio, read):
-    lines = [f"H 0 0 {k} {2.014 * ratio}\n" for k in range(2)]
-    (tmp_path / "a.xyz").write_text("2\nProperties=species:S:1:pos:R:3:mass:R:1\n" + "".join(lines))
-    atoms = read_list(tmp_path / "a.xyz")[0]
-    assert atoms.get_masses()[0] == (2.014 if read else pytest.approx(1.008))
-    assert ("mass" in atoms.arrays) is not read
+@pytest.mark.parametrize("name", ["mass", "Masses", "MASS"])
+@pytest.mark.parametrize("unit", [1.0, 103.6427])  # amu, and QUIP's eV fs²/Å²
+def test_masses_of_other_programs_are_read(tmp_path, name, unit):
+    lines = [f"H {k} 0 0 {mass * unit}\n" for k, mass in enumerate((2.014, 1.008))]
+    (tmp_path / "a.xyz").write_text(f"2\nProperties=species:S:1:pos:R:3:{name}:R:1\n" + "".join(lines))
+    assert read_list(tmp_path / "a.xyz")[0].get_masses() == pytest.approx([2.014, 1.008], rel=1e-6)
+    (tmp_path / "a.xyz").write_text(f"2\nProperties=species:S:1:pos:R:3:{name}:R:1\nH 0 0 0 1.0\nH 1 0 0 12.0\n")
+    with pytest.raises(InputError, match=f"column '{name}' gives atom 1 a mass of 12; accepted: masses in amu"):
+        read_list(tmp_path / "a.xyz")
 
 
 @pytest.mark.parametrize(

@@ -383,3 +383,58 @@ def test_names_may_come_from_a_topology_which_must_fit(tmp_path):
     write_frames(tmp_path / "few.xyz", [waters(1)])
     with pytest.raises(InputError, match="12 atoms, but .*few.xyz has 3"):
         read_list(tmp_path / "top.pdb", topology=tmp_path / "few.xyz")
+
+
+def test_formal_charges_of_a_pdb_are_read(tmp_path):
+    lines = [text.ljust(78)[:78] for text in model(waters(1)).splitlines() if text.startswith(("ATOM", "HETATM"))]
+    lines[0] += "1-"
+    (tmp_path / "ion.pdb").write_text("\n".join([*lines, "END", ""]))
+    (atoms,) = read_list(tmp_path / "ion.pdb")
+    assert atoms.get_initial_charges().tolist() == [-1.0, 0.0, 0.0]
+    (tmp_path / "neutral.pdb").write_text(model(waters(1)))
+    assert "initial_charges" not in read_list(tmp_path / "neutral.pdb")[0].arrays
+
+
+def test_models_with_a_box_beside_models_without_are_told(tmp_path, caplog):
+    text = "".join(cryst1(*lengths) + model(waters()) + "ENDMDL\n" for lengths in ((1, 1, 1), (25, 25, 25)))
+    (tmp_path / "a.pdb").write_text(text)
+    assert [bool(atoms.pbc.all()) for atoms in read_list(tmp_path / "a.pdb")] == [False, True]
+    assert "models with a box and models with the dummy" in caplog.text
+
+
+def short_trajectory(folder, suffix, n=4):
+    """Three frames by mdtraj, and the elements beside them."""
+    import mdtraj
+
+    atoms = waters(n)
+    write_frames(folder / "a.xyz", [atoms])
+    topology = mdtraj.Topology()
+    residue = topology.add_residue("WAT", topology.add_chain())
+    for symbol in atoms.get_chemical_symbols():
+        topology.add_atom(symbol, mdtraj.element.Element.getBySymbol(symbol), residue)
+    path = folder / f"cut{suffix}"
+    mdtraj.Trajectory(np.stack([atoms.positions / 10 + 0.01 * k for k in range(3)]), topology).save(str(path))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::equimd.frames.LossyWarning")
+def test_a_cut_trajectory_is_refused(tmp_path):
+    path = short_trajectory(tmp_path, ".xtc")
+    assert len(read_list(path, topology=tmp_path / "a.xyz")) == 3
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="cut.xtc: mdtraj cannot read it"):
+        read_list(path, topology=tmp_path / "a.xyz")
+    small = short_trajectory(tmp_path, ".xtc", 1)  # of frames of one size, which mdtraj counts by that
+    small.write_bytes(small.read_bytes()[:-20])
+    with pytest.raises(InputError, match="cut.xtc: mdtraj cannot count its frames"):
+        len(read_frames(small, topology=tmp_path / "a.xyz"))
+
+
+@pytest.mark.filterwarnings("ignore::equimd.frames.LossyWarning")
+def test_a_dcd_with_fewer_frames_than_it_states_is_told(tmp_path, caplog):
+    path = short_trajectory(tmp_path, ".dcd")
+    assert len(read_list(path, topology=tmp_path / "a.xyz")) == 3
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "header" not in caplog.text
+    assert len(read_list(path, topology=tmp_path / "a.xyz")) == 1
+    assert "cut.dcd: its header states 3 frames, it holds 1: was it cut?" in caplog.text

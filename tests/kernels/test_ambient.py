@@ -181,3 +181,14 @@ def test_autograd_that_leads_nowhere_is_no_zero_force():
         Detached()(make_graph(third=8))
     alone = Detached()(make_graph(n=1, length=20.0))
     assert not alone.forces.any()
+
+
+@pytest.mark.parametrize("ambient", ["inference mode", "float16", "autocast"])
+def test_another_precision_may_be_made_anywhere(ambient):
+    """As the equivariance error does for its floor; weights copied in inference mode would have no gradient."""
+    calculator = EquimdCalculator(ToyPotential(), self_check=False)
+    atoms = Atoms("OH2", positions=[[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
+    wanted = calculator.with_dtype("float64").get_forces(atoms)
+    with AMBIENT[ambient]():
+        found = calculator.with_dtype("float64").get_forces(atoms)
+    assert np.array_equal(found, wanted)

@@ -236,3 +236,22 @@ def test_isotopes_and_constraints_go_through_file_run_and_resume(tmp_path, suffi
     again = run_md(frames[-1], Springs(), settings(**chosen, steps=3), tmp_path / f"b{suffix}")  # from its last frame
     assert again.stopped is None
     np.testing.assert_allclose(read_list(tmp_path / f"b{suffix}")[0].get_momenta(), frames[-1].get_momenta(), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("masses", np.nan, "mass of atom 2 is nan u"),
+        ("masses", 0.0, "mass of atom 2 is 0 u"),
+        ("masses", -1.0, "is -1 u"),
+    ]
+    + [("momenta", np.nan, r"momentum of atom 2 is \[nan")],
+)
+def test_nothing_moves_with_such_masses_or_momenta(tmp_path, name, value, says):
+    atoms = copper()
+    atoms.set_momenta(np.ones((8, 3)))
+    atoms.set_masses(atoms.get_masses())
+    atoms.arrays[name][2] = value
+    with pytest.raises(InputError, match=says):
+        run_md(atoms, EMT(), settings(), tmp_path / "a.h5")
+    assert not list(tmp_path.iterdir())

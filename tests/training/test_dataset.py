@@ -399,3 +399,20 @@ def test_predictions_of_a_potential_are_no_labels(read, folder, kept_small):
         with pytest.raises(InputError, match=r"train.xyz, frame 3: energy and forces are predictions \(a potential of"):
             read()
     assert len(read(accept_predictions=True).train) == len(frames)
+
+
+def test_levels_of_theory_that_frames_state(read, folder):
+    frames = read_list(folder / "train.xyz")
+    for k, atoms in enumerate(frames):
+        atoms.info["level_of_theory"] = "PBE/def2-SVP" if k else "B3LYP"
+    write_frames(folder / "train.xyz", frames)
+    with pytest.warns(UserWarning, match="train.xyz, frame 1: labelled by PBE/def2-SVP, others of the set by B3LYP"):
+        read()
+    with pytest.raises(
+        InputError, match="train.xyz, frame 0: labelled by B3LYP, as 1 frames say, but data.reference is"
+    ):
+        read(reference="PBE")
+    for atoms in frames:
+        atoms.info["level_of_theory"] = "pbe"
+    write_frames(folder / "train.xyz", frames)
+    read(reference="PBE-D3")
