@@ -10,6 +10,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+torch.manual_seed(0)  # of networks that modules make when they are imported
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random weights in every run, in whatever order tests run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def set_threads():
     """``torch.set_num_threads``, undone afterwards."""
