@@ -172,7 +172,7 @@ def resolved(family: str, overrides: Sequence[str], minutes: float) -> "Recipe":
 
 def made_from(wanted: "Recipe", jobs: int) -> dict[str, Any]:
     """All that a result depends on, the machine aside: recipe, data, code, versions, and trainings beside it."""
-    versions = {name: version(name) for name in ("torch", "numba", "numpy")}
+    versions = {name: version(name) for name in ("torch", "llvmlite", "numpy")}
     return {"recipe": wanted.model_dump(mode="json"), "jobs": jobs, "sha256": _hashes(), "versions": versions}
 
 

@@ -125,7 +125,7 @@ def equimd(problem: Problem) -> Contestant:
     def call(x: Tensor, sh: Tensor, radial: Tensor) -> Tensor:
         topology = problem.topology
         edges = topology.senders, topology.receivers
-        return convolve(x, sh, radial, *edges, problem.plan, backend="numba", topology=topology)
+        return convolve(x, sh, radial, *edges, problem.plan, backend="llvm", topology=topology)
 
     return Contestant(call, problem.floats, problem.gradient, _as_it_is)
 

@@ -18,7 +18,6 @@ Writes benchmarks/results/roofline.json and the table in benchmarks/README.md; 2
 
 import argparse
 import ast
-import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +29,9 @@ from tables import markdown, write_table
 from torch import Tensor
 
 from equimd.kernels import ConvolutionPlan, make_layer_plan
-from equimd.kernels.codegen import OPTIONS, kernel_source, path_terms
-from equimd.kernels.compiled import get_kernel
+from equimd.kernels.codegen import kernel_source, path_terms
+from equimd.kernels.compiled import assembly, compile_kernel, get_kernel
+from equimd.kernels.ir import LANES
 from equimd.kernels.reference import convolve_reference
 from equimd.kernels.threads import run_ranges
 from equimd.results import provenance, write_text_atomically
@@ -44,18 +44,11 @@ AGREEMENT = 1e-5  # of float32 sums over some fifty edges of some hundred produc
 BLOCK, CHAINS, LENGTH, PASSES = 2048, 12, 32, 1000
 MIN_TRAFFIC = 1 << 27  # bytes that a call moves at least, so that waking a thread does not count
 
-_MODULE = """
-import numpy as np
-from numba import carray, cfunc, types
-from equimd.kernels.intrinsics import use_widest_vectors
-REAL = types.CPointer(types.float32)
-
-@cfunc(types.void(REAL, REAL, REAL, types.int64, types.int64), {options})
-def kernel(p_a, p_b, p_c, low, high):
-    {first}
-    a, b, c = carray(p_a, 1 << 40)[low:high], carray(p_b, 1 << 40)[low:high], carray(p_c, 1 << 40)[low:high]
+_HEAD = """
+def kernel(x: float32[:], y: float32[:], z: float32[:], low: int64, high: int64):
+    a, b, c = x[low:], y[low:], z[low:]
 """
-READ = ["s = np.float32(0)", "for i in range(high - low):", "    s += f * a[i]", "c[0] += s"]
+READ = ["s = float32(0)", "for i in range(high - low):", "    s += f * a[i]", "c[0] += s"]
 TRIAD = ["for i in range(high - low):", "    c[i] = a[i] + f * b[i]"]
 
 
@@ -138,23 +131,20 @@ class Probe(NamedTuple):
 class Probes:
     """What shows the peak and the bandwidth of this processor, on the threads that the convolution uses."""
 
-    def __init__(self) -> None:
-        self._alive: list[Any] = []  # machine code lives as long as what was compiled
-
-    def peak(self, threads: int, wide: bool = True) -> tuple[Probe, int | None]:
+    def peak(self, threads: int) -> tuple[Probe, int | None]:
         """Multiply-adds on numbers in registers; and the bits of a register, None where x86 does not name them."""
         chains = range(CHAINS)
         body = [
-            f"for i in range({BLOCK}):",
-            "    x, y = a[i], b[i]",
-            *(f"    v{q} = x + np.float32({q})" for q in chains),
-            *(f"    v{q} = v{q} * y + x" for _ in range(LENGTH) for q in chains),
-            f"    c[i] = {' + '.join(f'v{q}' for q in chains)}",
+            f"for i in range(0, {BLOCK}, {LANES}):",
+            "    p, q = load(a, i), load(b, i)",
+            *(f"    v{k} = fma(splat(float32({k})), splat(float32(1)), p)" for k in chains),
+            *(f"    v{k} = fma(v{k}, q, p)" for _ in range(LENGTH) for k in chains),
+            *(f"    v0 = fma(v{k}, splat(float32(1)), v0)" for k in chains[1:]),
+            "    store(c, i, v0)",
         ]
-        lines = [f"for _ in range({PASSES}):", *(f"    {line}" for line in body)]
-        kernel, assembly = self._compile(lines, 'fastmath={"contract"}', wide)  # no more, or the chains become one
+        kernel, source = _compile([f"for _ in range({PASSES}):", *(f"    {line}" for line in body)])
         arrays = [0.5 * torch.rand(threads * BLOCK) for _ in range(3)]  # below one, so that the chains converge
-        fused = [line for line in assembly.splitlines() if "vfmadd" in line and "ps\t" in line]
+        fused = [line for line in assembly(source).splitlines() if "vfmadd" in line and "ps\t" in line]
         widths = [bits for line in fused for name, bits in (("zmm", 512), ("ymm", 256), ("xmm", 128)) if name in line]
         operations = 2 * threads * BLOCK * PASSES * CHAINS * LENGTH
         bounds = [BLOCK * k for k in range(threads + 1)]
@@ -166,20 +156,17 @@ class Probes:
         whole, thirds = torch.ones(3 * n), [torch.ones(n) for _ in range(3)]
         probes = {}
         for name, body, arrays in (("read", READ, [whole] * 3), ("triad", TRIAD, thirds)):
-            lines = [f"for p in range({passes}):", "    f = np.float32(p)", *(f"    {line}" for line in body)]
-            kernel, _ = self._compile(lines, OPTIONS)
+            lines = [f"for p in range({passes}):", "    f = float32(p)", *(f"    {line}" for line in body)]
+            kernel, _ = _compile(lines)
             bounds = [len(arrays[0]) * k // threads for k in range(threads + 1)]
             probes[name] = _probe(kernel, arrays, bounds, passes * 3 * n * REAL)
         return probes
 
-    def _compile(self, lines: Sequence[str], options: str, wide: bool = True) -> tuple[Callable[..., None], str]:
-        """A function of three addresses and a range, and its assembly."""
-        source = _MODULE.format(options=options, first="use_widest_vectors()" if wide else "pass")
-        names: dict[str, Any] = {}
-        exec(source + "".join(f"    {line}\n" for line in lines), names)
-        self._alive.append(names["kernel"])
-        signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64)
-        return signature(names["kernel"].address), names["kernel"]._library.get_asm_str()
+
+def _compile(lines: Sequence[str]) -> tuple[Callable[..., None], str]:
+    """A function of three addresses and a range, and its source."""
+    source = _HEAD + "".join(f"    {line}\n" for line in lines)
+    return compile_kernel(source, 3), source
 
 
 def _probe(kernel: Callable[..., None], arrays: Sequence[Tensor], bounds: list[int], amount: int) -> Probe:
@@ -259,12 +246,11 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, An
 
 
 def processor(threads: int, sizes: Mapping[str, int], seconds: float) -> dict[str, Any]:
-    """Peak with vectors as LLVM likes them and as wide as can be; bandwidths of arrays that fit each level."""
-    every, peaks = Probes(), {}
-    for wide in (False, True):
-        probe, bits = every.peak(threads, wide)
-        found = rates({"peak": probe}, take_turns({"peak": probe.call}, seconds))["peak"]
-        peaks["widest" if wide else "default"] = {"gflops": found, "vector_bits": bits}
+    """Peak with vectors as wide as can be; bandwidths of arrays that fit each level."""
+    every = Probes()
+    probe, bits = every.peak(threads)
+    found = rates({"peak": probe}, take_turns({"peak": probe.call}, seconds))["peak"]
+    peaks = {"widest": {"gflops": found, "vector_bits": bits}}
     bandwidths = {}
     for name, size in sizes.items():
         probes = every.bandwidth(size * threads if name == "L2" else size, threads)
@@ -288,7 +274,8 @@ def table(results: dict[str, Any]) -> str:
         peaks = [f"{p['gflops']:.0f} ({p['vector_bits'] or '?'} bits)" for p in block["peak"].values()]
         both = [f"{found['read']:.0f} / {found['triad']:.0f}" for found in block["bandwidth"].values()]
         rows.append((threads, *peaks, *both))
-    first = markdown(("threads", "multiply-adds, Gflop/s", "with the widest vectors", *heads), rows)
+    names = {"default": "multiply-adds, Gflop/s", "widest": "with the widest vectors"}
+    first = markdown(("threads", *(names[name] for name in block["peak"]), *heads), rows)
     rows = []
     for r in results["rows"]:
         traffic = f"{1e-6 * r['bytes_once']:.1f} … {1e-6 * r['bytes_uncached']:.1f}"
@@ -299,7 +286,8 @@ def table(results: dict[str, Any]) -> str:
     head = ("l_max", "kernel", "threads", "Mflop", "MB", "ms", "Gflop/s", "GB/s", "bound, ms", "times bound")
     made = results["provenance"]
     where = f"{results['n_edges']:,} edges, {N_CHANNELS} channels; {made['processor']}, float32, {made['date']}; "
-    where += ", ".join(f"{name}=={made['versions'][name]}" for name in ("numba", "torch")) + "."
+    versions = [name for name in ("llvmlite", "numba", "torch") if name in made["versions"]]
+    where += ", ".join(f"{name}=={made['versions'][name]}" for name in versions) + "."
     return "\n\n".join((first, markdown(head, rows), where))
 
 

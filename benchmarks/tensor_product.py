@@ -9,7 +9,7 @@ stand beside what each can express. One convolution, float32, contestants altern
     dense    einsum with the full Clebsch-Gordan tensor, gather and scatter
     sparse   nonzero coefficients only, plain torch, path by path
     e3nn     e3nn's TensorProduct, 'uvu', with the code that it compiles, in its own layout
-    equimd   equimd.kernels.convolve, backend "numba"
+    equimd   equimd.kernels.convolve, backend "llvm"
     Gaunt    features and harmonics as functions on a grid of the sphere, multiplied pointwise, projected back
 
 The first four compute the same and are compared before anything is timed. The Gaunt product is
@@ -211,7 +211,8 @@ def tables(results: dict[str, Any]) -> str:
     lost = [f"l_max {l_max}: {', '.join(block['expressivity']['lost'])}" for l_max, block in every.items()]
     parts.append("Paths that the Gaunt product cannot have, l1 + l2 + l3 being odd: " + "; ".join(lost) + ".")
     made, block = results["provenance"], next(iter(every.values()))
-    versions = ", ".join(f"{name}=={made['versions'][name]}" for name in ("torch", "e3nn", "numba"))
+    names = [name for name in ("torch", "e3nn", "numba", "llvmlite") if name in made["versions"]]
+    versions = ", ".join(f"{name}=={made['versions'][name]}" for name in names)
     size = f"{block['n_edges']:,} edges, {block['n_channels']} channels"
     threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
     parts.append(f"{size}; {made['processor']}, {threads}, float32, {made['date']}; {versions}.")

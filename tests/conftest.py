@@ -55,7 +55,7 @@ SLOW = (
     "tests/kernels/test_network.py::test_new_weights_are_seen[_new_module",
     "tests/kernels/test_network.py::test_profile_names_every_part",
     "tests/kernels/test_network.py::test_unnatural_irreps_everywhere",
-    "tests/kernels/test_numba_cpu.py::test_fresh_process_imports_little_and_forks",
+    "tests/kernels/test_llvm_cpu.py::test_fresh_process_imports_little_and_forks",
     "tests/kernels/test_shipped.py",
     "tests/kernels/test_token_network.py::test_equals_autograd_in_float32[{'d_model",
     "tests/kernels/test_token_network.py::test_equals_autograd_in_float32[{'n_heads': 1",

@@ -111,7 +111,7 @@ def backends(options: Options, family: str = "equivariant") -> tuple[Backend, ..
 
 def convolution_backends(options: Options) -> tuple[Backend, ...]:
     """The same for single convolutions, where "auto" is one of the others."""
-    compiled = "triton" if options.kind == "cuda" else "numba"
+    compiled = "triton" if options.kind == "cuda" else "llvm"
     known: tuple[Backend, ...] = get_args(Backend)
     return (*(name for name in known if name == compiled), "reference")
 

@@ -41,9 +41,10 @@ __all__ = [
     "using",
 ]
 
-Backend = Literal["auto", "reference", "numba", "triton"]
+Backend = Literal["auto", "reference", "llvm", "triton"]
 """Of one convolution. Where whole networks are concerned, "auto" fuses them if their weights are frozen."""
 
+_PACKAGES = {"llvm": "llvmlite", "triton": "triton"}
 _COMPILED = (torch.float32, torch.float64)
 _chosen: ContextVar[Backend] = ContextVar("_chosen", default="auto")
 
@@ -81,7 +82,7 @@ def convolve(
         receivers: Row of the output that each edge writes, (E,) int64.
         plan: The layout, from ``make_plan``.
         num_nodes: Rows of the output; N unless given.
-        backend: "auto" is numba on the CPU and triton on a GPU where they can be imported (and triton compiles), for
+        backend: "auto" is llvm on the CPU and triton on a GPU where they can be imported (and triton compiles), for
             float32 and float64, else the reference.
         topology: ``make_topology(senders, receivers, num_nodes, N)``, to sort the edges once for many calls; its edges
             are the ones that count.
@@ -108,9 +109,9 @@ def convolve(
         from equimd.kernels.triton_gpu import convolve_triton
 
         return convolve_triton(x, sh, radial, plan, topology)
-    from equimd.kernels.numba_cpu import convolve_numba
+    from equimd.kernels.llvm_cpu import convolve_llvm
 
-    return convolve_numba(x, sh, radial, plan, topology)
+    return convolve_llvm(x, sh, radial, plan, topology)
 
 
 def _choose(backend: Backend, x: Tensor) -> Backend:
@@ -120,31 +121,31 @@ def _choose(backend: Backend, x: Tensor) -> Backend:
         return backend
     compiled, device = x.dtype in _COMPILED, x.device.type
     if backend == "auto":
-        if compiled and device == "cpu" and _has("numba"):
-            return "numba"
+        if compiled and device == "cpu" and _has("llvm"):
+            return "llvm"
         return "triton" if compiled and device == "cuda" and _has("triton") and _runs(x.device) else "reference"
-    if backend == "numba":
+    if backend == "llvm":
         if not (compiled and device == "cpu"):
-            raise ValueError(f"the numba backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
+            raise ValueError(f"the llvm backend takes float32 and float64 on the CPU, got {x.dtype} on {x.device}")
     elif backend == "triton":
         if not (compiled and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")):
             raise ValueError(f"the triton backend takes float32 and float64 on a GPU, got {x.dtype} on {x.device}")
     else:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if not _has(backend):
-        raise ValueError(f"the {backend} backend needs the package {backend}, which is not installed")
+        raise ValueError(f"the {backend} backend needs the package {_PACKAGES[backend]}, which is not installed")
     return backend
 
 
 def fuses(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether whole networks of frozen weights are compiled: with "auto", on the CPU, in float32 or float64."""
-    return _chosen.get() == "auto" and device.type == "cpu" and dtype in _COMPILED and _has("numba")
+    return _chosen.get() == "auto" and device.type == "cpu" and dtype in _COMPILED and _has("llvm")
 
 
 @functools.cache
-def _has(package: str) -> bool:
+def _has(backend: Backend) -> bool:
     try:
-        importlib.import_module(package)
+        importlib.import_module(_PACKAGES[backend])
     except ImportError:
         return False
     return True

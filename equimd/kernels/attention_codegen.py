@@ -6,7 +6,8 @@ kernels walk atoms. A vector holds 16 queries of one head, so that nothing is su
 
 from collections.abc import Sequence
 
-from equimd.kernels.source import DEEP, DEEPER, EDGE, LANES, KernelSource, Source
+from equimd.kernels.ir import LANES
+from equimd.kernels.source import DEEP, DEEPER, EDGE, KernelSource, Source
 
 
 def attention_source(n_heads: int, d_head: int, dtype: str) -> KernelSource:
@@ -21,11 +22,11 @@ def attention_source(n_heads: int, d_head: int, dtype: str) -> KernelSource:
     s.add("top = load(p, 0)", "for b in range(1, tokens):", indent=DEEP)
     s.add(f"top = maximum(top, load(p, b * {LANES}))", indent=DEEPER)
     s.add("sums = splat(ZERO)", "for b in range(tokens):", indent=DEEP)
-    s.add(f"part = mul(exp_lanes(sub(load(p, b * {LANES}), top)), splat_at(weight, base + b))", indent=DEEPER)
+    s.add(f"part = mul(exp(sub(load(p, b * {LANES}), top)), splat_at(weight, base + b))", indent=DEEPER)
     s.add(f"store(p, b * {LANES}, part)", "sums = fma(part, splat(ONE), sums)", indent=DEEPER)
     s.add("store(line, 0, div(splat(ONE), sums))", indent=DEEP)
     s.add(*_combine("p", ("qkv", 2 * d), 3 * d, d_head, factor="load(line, 0)"), indent=DEEP)
-    s.add(*_put_block("out", d, d_head), f"store(line, 0, top), store(line, {LANES}, sums)", indent=DEEP)
+    s.add(*_put_block("out", d, d_head), "store(line, 0, top)", f"store(line, {LANES}, sums)", indent=DEEP)
     s.add("for l in range(present):", indent=DEEP)
     s.add(f"level[base + start + l, head] = line[l] + math.log(line[{LANES} + l])", indent=DEEPER)
     return s.result()
@@ -43,7 +44,7 @@ def attention_back_source(n_heads: int, d_head: int, dtype: str) -> KernelSource
     s.add(*_take_line("level", 0), *_products("p", "q", ("qkv", d), 3 * d, d_head), indent=DEEP)
     s.add(*_products("z", "o", ("qkv", 2 * d), 3 * d, d_head), indent=DEEP)
     s.add("high, along = load(line, 0), splat(ZERO)", "for b in range(tokens):", indent=DEEP)
-    s.add(f"part, heavy = exp_lanes(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
+    s.add(f"part, heavy = exp(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
     s.add(f"store(p, b * {LANES}, part)", f"along = fma(mul(part, heavy), load(z, b * {LANES}), along)", indent=DEEPER)
     s.add("for b in range(tokens):", indent=DEEP)
     s.add(f"part, heavy = load(p, b * {LANES}), splat_at(weight, base + b)", indent=DEEPER)
@@ -69,7 +70,7 @@ def attention_rates_source(n_heads: int, d_head: int, dtype: str) -> KernelSourc
     s.add(*_take_line("level", 0), *_products("p", "q", ("qkv", d), 3 * d, d_head), indent=DEEP)
     s.add(*_rates_of_products("d_p", "q", d, 3 * d, d_head), indent=DEEP)
     s.add("high, rate = load(line, 0), splat(ZERO)", "for b in range(tokens):", indent=DEEP)
-    s.add(f"share, heavy = exp_lanes(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
+    s.add(f"share, heavy = exp(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
     s.add(f"part = mul(share, fma(heavy, load(d_p, b * {LANES}), splat_at(d_weight, base + b)))", indent=DEEPER)
     s.add(f"store(d_p, b * {LANES}, part)", f"store(p, b * {LANES}, mul(share, heavy))", indent=DEEPER)
     s.add("rate = fma(part, splat(ONE), rate)", indent=DEEPER)
@@ -106,7 +107,7 @@ def attention_rates_back_source(n_heads: int, d_head: int, dtype: str) -> Kernel
     s.add(*_rates_of_products("d_z", "o", 2 * d, 3 * d, d_head), indent=DEEP)
     s.add(f"high, rate, along, change = load(line, 0), load(line, {LANES}), splat(ZERO), splat(ZERO)", indent=DEEP)
     s.add("for b in range(tokens):", indent=DEEP)
-    s.add(f"share, heavy = exp_lanes(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
+    s.add(f"share, heavy = exp(sub(load(p, b * {LANES}), high)), splat_at(weight, base + b)", indent=DEEPER)
     s.add("part = mul(share, heavy)", indent=DEEPER)
     s.add(f"faster = mul(share, fma(heavy, load(d_p, b * {LANES}), splat_at(d_weight, base + b)))", indent=DEEPER)
     s.add("faster = sub(faster, mul(part, rate))", indent=DEEPER)
@@ -137,9 +138,8 @@ def _start_heads(
 
     scratch: arrays of a vector for every token. blocks: for each, NAME_t (D, 16) and NAME_r (16, D).
     """
-    s.use_lanes()
-    s.array("first", kind="INDEX"), s.array("longest", kind="INDEX"), s.array("qkv"), s.array("weight")
-    s.prologue += [f"    {name} = np.empty(longest[0] * {LANES}, np.{s.dtype})" for name in scratch]
+    s.array("first", dtype="int64"), s.array("longest", dtype="int64"), s.array("qkv"), s.array("weight")
+    s.prologue += [f"    {name} = empty(longest[0] * {LANES}, {s.dtype})" for name in scratch]
     for name in (*blocks, "result"):
         s.buffer(f"{name}_t", d_head * LANES), s.buffer(f"{name}_r", d_head * LANES)
     s.buffer("line", 2 * LANES)

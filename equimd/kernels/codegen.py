@@ -11,55 +11,19 @@ fetched.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 from equimd.kernels.plan import ConvolutionPlan, Path
 
 KINDS = ("forward", "grad_x", "grad_y", "grad_w", "grad_yw")
-N_POINTERS = 10
-"""Arrays x, y, w, g, out, out2, order, senders, receivers, ptr; a kernel leaves aside what it has no use for."""
+ARRAYS, INDICES = ("x", "y", "w", "g", "out", "out2"), ("order", "senders", "receivers", "ptr")
+N_POINTERS = len(ARRAYS) + len(INDICES)
+"""What every kernel takes; it leaves aside what it has no use for."""
 
 TERMS_PER_LOOP = 20
 
-OPTIONS = 'error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}'  # NaN and infinity stay what they are
-"""Of everything that numba compiles here."""
-
-INTRINSICS, VECTORS = (
-    hashlib.sha256(FilePath(__file__).with_name(name).read_bytes()).hexdigest()[:12]
-    for name in ("intrinsics.py", "lanes.py")
-)
-"""To be named by every source that imports them, so that it is compiled anew when they change."""
-
 _CACHE_LINE = 64  # bytes
-
-_HEADER = '''"""Made by equimd.kernels.codegen; safe to delete."""
-
-import numpy as np
-from numba import carray, cfunc, types
-
-from equimd.kernels.intrinsics import prefetch, use_widest_vectors  # {intrinsics}
-
-REAL = types.CPointer(types.{dtype})
-INDEX = types.CPointer(types.int64)
-ROWS = 1 << 40  # the kernels know no sizes; indices are checked when the topology is made
-ZERO = np.{dtype}(0)
-{constants}
-
-@cfunc(
-    types.void(REAL, REAL, REAL, REAL, REAL, REAL, INDEX, INDEX, INDEX, INDEX, types.int64, types.int64),
-    cache=True,
-    {options},
-)
-def kernel(p_x, p_y, p_w, p_g, p_out, p_out2, p_order, p_senders, p_receivers, p_ptr, low, high):
-    use_widest_vectors()
-    order = carray(p_order, ROWS)
-    senders = carray(p_senders, ROWS)
-    receivers = carray(p_receivers, ROWS)
-    ptr = carray(p_ptr, ROWS)
-'''
 
 
 class Constants:
@@ -100,13 +64,11 @@ def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str)
     """A module with one C function ``kernel``; ``kind`` is one of KINDS, ``dtype`` is "float32" or "float64"."""
     constants = Constants()
     body = _BODIES[kind](plan, n_channels, constants)
-    names = "".join(f"{name} = np.{dtype}({value})\n" for value, name in constants.names.items())
+    names = "".join(f"{name} = {dtype}({value})\n" for value, name in constants.names.items())
     row = plan.n_paths * n_channels
     step = _CACHE_LINE // {"float32": 4, "float64": 8}[dtype]
-    fetches = [f"prefetch(p_{name}, ahead + {k})" for k in range(0, row, step) for name in body.streams]
-    lines = [
-        f"{name} = carray(p_{name}, ({', '.join(map(str, ('ROWS', *shape)))}))" for name, shape in body.arrays.items()
-    ]
+    fetches = [f"prefetch({name}, ahead + {k})" for k in range(0, row, step) for name in body.streams]
+    lines: list[str] = []
     if body.at_node is None:
         depth = 1
         lines += ["last = high - 1", "for m in range(low, high):"]
@@ -119,8 +81,10 @@ def kernel_source(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str)
         share = slice(len(fetches) * k // len(body.loops), len(fetches) * (k + 1) // len(body.loops))
         lines += _indented(depth, [*fetches[share], f"for c in range({n_channels}):", *_indented(1, loop)])
     lines += _indented(depth, body.after)
-    header = _HEADER.format(dtype=dtype, constants=names, options=OPTIONS, intrinsics=INTRINSICS)
-    return header + "\n".join(_indented(1, lines)) + "\n"
+    shapes = {name: ":" + "".join(f", {size}" for size in body.arrays.get(name, ())) for name in ARRAYS}
+    arrays = [f"{name}: {dtype}[{shape}]" for name, shape in shapes.items()] + [f"{name}: int64[:]" for name in INDICES]
+    head = [f"ZERO = {dtype}(0)", names + f"def kernel({', '.join(arrays)}, low: int64, high: int64):"]
+    return "\n".join([*head, *_indented(1, lines), ""])
 
 
 def path_terms(path: Path) -> Iterator[tuple[int, int, list[tuple[int, float]]]]:

@@ -1,30 +1,23 @@
-"""Compiled kernels: source files in a cache folder, imported from there, kept by numba beside them.
+"""Kernels as machine code: translated, optimised by LLVM for the processor at hand, and kept in the cache folder."""
 
-numba caches only what it finds in a file. The folder is ``$EQUIMD_CACHE/kernels``, or ``equimd/kernels`` in the user's
-cache folder; a temporary folder stands in where that cannot be written. A file is named by the hash of its contents.
-"""
-
-import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
-import shutil
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+from equimd.kernels.cache import cache_folder, keep
 from equimd.kernels.codegen import N_POINTERS, kernel_source
 from equimd.kernels.plan import ConvolutionPlan
+from equimd.kernels.translate import translate
 
 Kernel = Callable[..., None]
 _kernels: dict[tuple[str, ConvolutionPlan, int, str], Kernel] = {}
-_by_name: dict[str, tuple[ModuleType, Kernel]] = {}  # the machine code lives as long as its module
+_by_symbol: dict[str, Kernel] = {}
 _lock = threading.RLock()
 
 
@@ -43,92 +36,94 @@ def get_kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) ->
     key = (kind, plan, n_channels, dtype)
     kernel = _kernels.get(key)
     if kernel is None:
-        with _lock:
-            if key not in _kernels:
-                _kernels[key] = compile_kernel(kernel_source(*key), N_POINTERS)
-            kernel = _kernels[key]
+        kernel = _kernels[key] = compile_kernel(kernel_source(*key), N_POINTERS)
     return kernel
 
 
-def cache_folder() -> Path:
-    """Where kernels are kept between runs; not created here."""
-    override = os.environ.get("EQUIMD_CACHE")
-    if override:
-        return Path(override) / "kernels"
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "equimd" / "kernels"
+def compile_kernel(source: str, n_pointers: int) -> Kernel:
+    """The C function of a source in the language of ``translate``: so many addresses, then a range.
 
-
-def compile_kernel(source: str, n_pointers: int, modules: Sequence[str] = ()) -> Kernel:
-    """The C function ``kernel`` of a module: so many addresses, then a range; releases the GIL.
-
-    ``modules`` are the sources of what it imports by ``module_name``. The same source is compiled once.
+    It releases the GIL. The same source is compiled once.
     """
-    name = module_name(source)
     with _lock:
-        if name not in _by_name:
-            for imported in modules:
-                import_source(imported)
-            module = _import(source)
+        compiler = _compiler()
+        symbol = compiler.symbol(source)
+        if symbol not in _by_symbol:
             signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
-            _by_name[name] = module, signature(module.kernel.address)
-        return _by_name[name][1]
+            _by_symbol[symbol] = signature(compiler.address(source, symbol))
+        return _by_symbol[symbol]
 
 
-def module_name(source: str) -> str:
-    """The name under which a source is imported; others may import it, once it is."""
-    return f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}"
-
-
-def import_source(source: str) -> ModuleType:
-    """The module of a source, imported once, from a file of the cache folder."""
-    with _lock:
-        return sys.modules.get(module_name(source)) or _import(source)
-
-
-def _import(source: str) -> ModuleType:
-    try:
-        return _load(source, cache_folder())
-    except (OSError, RuntimeError):  # not writable: by us, or (RuntimeError) by numba
-        return _load(source, _temporary_folder())
-
-
-def _load(source: str, folder: Path) -> ModuleType:
-    """Write ``source`` where it is not there yet, whole or not at all, and import it (which compiles it)."""
-    name = module_name(source)
-    path = folder / f"{name}.py"
-    if not (path.is_file() and path.read_text(encoding="utf-8") == source):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".tmp")
-        try:
-            with open(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(source)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise OSError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+def assembly(source: str) -> str:
+    """What the processor executes, for tests and benchmarks."""
+    return _compiler().assembly(source)
 
 
 @functools.cache
-def _temporary_folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="equimd-kernels-")  # private to the user: what lies in it is executed
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def _compiler() -> "_Compiler":
+    return _Compiler()
+
+
+class _Compiler:
+    """LLVM, for the processor at hand. Machine code lives as long as the process."""
+
+    def __init__(self) -> None:
+        from llvmlite import __version__, binding
+
+        with contextlib.suppress(RuntimeError):  # newer versions do it by themselves and say so
+            binding.initialize()
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        self._llvm: Any = binding
+        processor, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
+        target = binding.Target.from_default_triple()
+        where = "static" if target.name.startswith("x86") else "default"
+        self._machine = target.create_target_machine(
+            cpu=processor, features=features, opt=3, reloc=where, codemodel="jitdefault", jit=True
+        )
+        self._engine = binding.create_mcjit_compiler(self._module(""), self._machine)
+        here = Path(__file__)
+        texts = [here.with_name(name).read_text(encoding="utf-8") for name in ("ir.py", "translate.py", here.name)]
+        self._identity = "\n".join([__version__, target.triple, processor, features, *texts])
+
+    def symbol(self, source: str) -> str:
+        """A name for what comes of a source on this processor, by this version."""
+        return f"equimd_{hashlib.sha256((self._identity + source).encode()).hexdigest()[:32]}"
+
+    def address(self, source: str, symbol: str) -> int:
+        """Where the function is in memory; from the cache if it is there and whole."""
+        code = _read(cache_folder() / f"{symbol}.o")
+        if code is None:
+            code = self._machine.emit_object(self._optimised(translate(source, symbol)))
+            keep(f"{symbol}.o", hashlib.sha256(code).digest() + code)
+        self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return self._engine.get_function_address(symbol)
+
+    def _module(self, text: str) -> Any:
+        module = self._llvm.parse_assembly(text)
+        module.triple, module.data_layout = self._machine.triple, str(self._machine.target_data)
+        module.verify()
+        return module
+
+    def assembly(self, source: str) -> str:
+        """Text of the machine code."""
+        return self._machine.emit_assembly(self._optimised(translate(source, "kernel")))
+
+    def _optimised(self, text: str) -> Any:
+        options = self._llvm.create_pipeline_tuning_options(speed_level=3)
+        options.loop_vectorization, options.slp_vectorization = True, False
+        builder = self._llvm.create_pass_builder(self._machine, options)
+        module = self._module(text)
+        builder.getModulePassManager().run(module, builder)
+        return module
+
+
+def _read(path: Path) -> bytes | None:
+    """Machine code that was kept, unless it is not there or was changed since."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None

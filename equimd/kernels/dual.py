@@ -213,4 +213,4 @@ def _kernel(
     name: str, plan: ConvolutionPlan, n_channels: int, dtype: str
 ) -> tuple[Callable[..., None], tuple[str, ...]]:
     source = getattr(dual_codegen, f"{name}_source")(plan, n_channels, dtype)
-    return compile_kernel(source.text, len(source.arguments), source.modules), source.arguments
+    return compile_kernel(source.text, len(source.arguments)), source.arguments

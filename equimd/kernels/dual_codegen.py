@@ -64,7 +64,7 @@ def grad_w_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelS
 def grad_x_source(plan: ConvolutionPlan, n_channels: int, dtype: str) -> KernelSource:
     """Source of ``grad_x``: sh, w and g (N, 2, D_out, C), added to g_x (N, 2, D_in, C); along a range of ``order``."""
     s, c = Source(dtype, n_channels), n_channels
-    s.array("order", kind="INDEX"), s.array("senders", kind="INDEX"), s.array("receivers", kind="INDEX")
+    s.array("order", dtype="int64"), s.array("senders", dtype="int64"), s.array("receivers", dtype="int64")
     s.array("g", 2 * plan.dim_out * c), s.array("g_x", 2 * plan.dim_in * c), s.array("w", 2 * plan.n_paths * c)
     s.add("e = order[n]", "to, theirs, weight = g_x[senders[e]], g[receivers[e]], w[n]")
     s.add(*_couplings(s, plan))
@@ -97,7 +97,7 @@ def row_of(plan: ConvolutionPlan, path: Path, k: int) -> int:
 
 def _edge_loop(s: Source, plan: ConvolutionPlan) -> None:
     """The loop over the edges into an atom, with the features of the other end and the couplings."""
-    s.array("order", kind="INDEX"), s.array("senders", kind="INDEX"), s.array("ptr", kind="INDEX")
+    s.array("order", dtype="int64"), s.array("senders", dtype="int64"), s.array("ptr", dtype="int64")
     s.array("x", 2 * plan.dim_in * s.n_channels)
     s.add("for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", "source = x[senders[e]]", *_couplings(s, plan), indent=EDGE)

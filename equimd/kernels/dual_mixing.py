@@ -146,4 +146,4 @@ def _run(name: str, irreps: tuple[Irrep, ...], *arrays: Tensor) -> None:
 @functools.lru_cache(maxsize=256)
 def _kernel(name: str, irreps: tuple[Irrep, ...], n_channels: int, dtype: str) -> Callable[..., None]:
     source = getattr(dual_gate_codegen, f"{name}_source")(irreps, n_channels, dtype)
-    return compile_kernel(source.text, len(source.arguments), source.modules)
+    return compile_kernel(source.text, len(source.arguments))

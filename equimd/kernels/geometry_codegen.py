@@ -27,7 +27,7 @@ def geometry_source(l_max: int, dtype: str, n_species: int, repulsion: Screening
     """
     s = Source(dtype)
     dim = (l_max + 1) ** 2
-    s.array("scales", kind="DOUBLE"), s.array("sh", dim), s.array("place"), s.array("interval", kind="INDEX")
+    s.array("scales", dtype="float64"), s.array("sh", dim), s.array("place"), s.array("interval", dtype="int64")
     walk_distances(s, n_species, repulsion)
     s.add("if r > scales[0]:", "    interval[e] = -1", "    continue", indent=EDGE)
     s.add("position = (r - scales[1]) * scales[2]", indent=EDGE)
@@ -45,13 +45,13 @@ def walk_distances(s: Source, n_species: int, repulsion: Screening) -> None:
 
     The nuclear repulsion is accumulated in ``total``, for the caller to write at the end of the loop over edges.
     """
-    s.array("order", kind="INDEX"), s.array("other", kind="INDEX"), s.array("ptr", kind="INDEX")
-    s.array("positions", 3, "DOUBLE"), s.array("shifts", 3, "DOUBLE"), s.array("cell", 9, "DOUBLE")
-    s.array("batch", kind="INDEX"), s.array("vectors", 3, "DOUBLE")
+    s.array("order", dtype="int64"), s.array("other", dtype="int64"), s.array("ptr", dtype="int64")
+    s.array("positions", 3, "float64"), s.array("shifts", 3, "float64"), s.array("cell", 9, "float64")
+    s.array("batch", dtype="int64"), s.array("vectors", 3, "float64")
     s.add("box = cell[batch[n]]")
     if repulsion:
-        s.array("kind", kind="INDEX"), s.array("pairs", 3, "DOUBLE")
-        s.array("slope", kind="DOUBLE"), s.array("repulsion", kind="DOUBLE")
+        s.array("kind", dtype="int64"), s.array("pairs", 3, "float64")
+        s.array("slope", dtype="float64"), s.array("repulsion", dtype="float64")
         s.add("total = 0.0")
     s.add("for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", "there = positions[other[e]]", indent=EDGE)
@@ -67,11 +67,11 @@ def gradient_source(l_max: int, dtype: str, repulsion: bool) -> KernelSource:
     """Source of ``gradient``: g_sh (E, (l_max+1)²), g_r (E,) and slope (E,) → gradient (E, 3)."""
     s = Source(dtype)
     dim = (l_max + 1) ** 2
-    s.array("order", kind="INDEX"), s.array("ptr", kind="INDEX")
-    s.array("vectors", 3, "DOUBLE"), s.array("scales", kind="DOUBLE"), s.array("interval", kind="INDEX")
-    s.array("g_sh", dim), s.array("g_r"), s.array("gradient", 3, "DOUBLE")
+    s.array("order", dtype="int64"), s.array("ptr", dtype="int64")
+    s.array("vectors", 3, "float64"), s.array("scales", dtype="float64"), s.array("interval", dtype="int64")
+    s.array("g_sh", dim), s.array("g_r"), s.array("gradient", 3, "float64")
     if repulsion:
-        s.array("slope", kind="DOUBLE")
+        s.array("slope", dtype="float64")
     s.add("for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", *unit_vector(), indent=EDGE)
     s.add(f"along = {'slope[e]' if repulsion else '0.0'}", "d0 = d1 = d2 = 0.0", indent=EDGE)
@@ -90,9 +90,9 @@ def scatter_source() -> KernelSource:
     forces (N, 3), F_i = Σ_j (g_ij − g_ji), and virial (S, 3, 3), Σ r_ij ⊗ g_ij, are zero before.
     """
     s = Source("float64")
-    s.array("order", kind="INDEX"), s.array("other", kind="INDEX"), s.array("ptr", kind="INDEX")
-    s.array("vectors", 3, "DOUBLE"), s.array("gradient", 3, "DOUBLE"), s.array("batch", kind="INDEX")
-    s.array("forces", 3, "DOUBLE"), s.array("virial", 9, "DOUBLE")
+    s.array("order", dtype="int64"), s.array("other", dtype="int64"), s.array("ptr", dtype="int64")
+    s.array("vectors", 3, "float64"), s.array("gradient", 3, "float64"), s.array("batch", dtype="int64")
+    s.array("forces", 3, "float64"), s.array("virial", 9, "float64")
     s.add("own, w = forces[n], virial[batch[n]]", "for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", "theirs, g, v = forces[other[e]], gradient[e], vectors[e]", indent=EDGE)
     s.add("for a in range(3):", "    own[a] += g[a]", "    theirs[a] -= g[a]", indent=EDGE)

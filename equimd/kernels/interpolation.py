@@ -10,7 +10,6 @@ for the places m of a range of ``order``, e = order[m]. Path by path, so that th
 import functools
 from collections.abc import Callable
 
-from equimd.kernels.codegen import INTRINSICS, OPTIONS
 from equimd.kernels.compiled import compile_kernel
 
 ARGUMENTS = ("shares", "table", "w", "interval", "order")
@@ -37,18 +36,9 @@ def add_kernel(n_paths: int, n_channels: int, step: int, n_taken: int, dtype: st
 
 def _kernel(body: list[str], n_paths: int, n_channels: int, step: int, n_taken: int, dtype: str) -> Callable[..., None]:
     width, taken = n_paths * n_channels, range(n_taken)
+    arrays = f"shares: {dtype}[:, {2 * n_taken}], table: {dtype}[:, {width}], w: {dtype}[:, {2 * width}]"
     lines = [
-        '"""Made by equimd.kernels.interpolation; safe to delete."""\n',
-        "from numba import carray, cfunc, types\n",
-        f"from equimd.kernels.intrinsics import use_widest_vectors  # {INTRINSICS}",
-        f"REAL, INDEX = types.CPointer(types.{dtype}), types.CPointer(types.int64)",
-        "ROWS = 1 << 40\n\n",
-        f"@cfunc(types.void(REAL, REAL, REAL, INDEX, INDEX, types.int64, types.int64), cache=True, {OPTIONS})",
-        "def kernel(p_shares, p_table, p_w, p_interval, p_order, low, high):",
-        "    use_widest_vectors()",
-        f"    shares = carray(p_shares, (ROWS, {2 * n_taken}))",
-        f"    table, w = carray(p_table, (ROWS, {width})), carray(p_w, (ROWS, {2 * width}))",
-        "    interval, order = carray(p_interval, ROWS), carray(p_order, ROWS)",
+        f"def kernel({arrays}, interval: int64[:], order: int64[:], low: int64, high: int64):",
         f"    for first in range(0, {width}, {n_channels}):",
         "        for m in range(low, high):",
         "            e = order[m]",

@@ -175,7 +175,7 @@ class FusedNetwork:
     def _add(
         self, source: KernelSource, names: Mapping[str, str], work: int, title: str, is_parallel: bool = True
     ) -> None:
-        kernel = compile_kernel(source.text, len(source.arguments), source.modules)
+        kernel = compile_kernel(source.text, len(source.arguments))
         arguments = tuple(names.get(name, name) for name in source.arguments)
         is_parallel = is_parallel and not source.phases
         self._steps.append(_Step(title, kernel, arguments, work, is_parallel, source.phases))

@@ -201,8 +201,8 @@ def backward_source(shape: LayerShape, before: LayerShape | None, dtype: str, cl
 def _edge_loop(s: Source, shape: LayerShape) -> None:
     """The head of the loop over edges within the cutoff; ``table`` holds (coefficient, path, channel) a row."""
     plan, c = shape.plan, shape.n_channels
-    s.array("order", kind="INDEX"), s.array("other", kind="INDEX"), s.array("ptr", kind="INDEX")
-    s.array("interval", kind="INDEX"), s.array("place"), s.array("sh", plan.dim_sh)
+    s.array("order", dtype="int64"), s.array("other", dtype="int64"), s.array("ptr", dtype="int64")
+    s.array("interval", dtype="int64"), s.array("place"), s.array("sh", plan.dim_sh)
     s.array("h", shape.n_in * c), s.array("table", N_COEFFICIENTS * plan.n_paths * c)
     s.add("for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", "k = interval[e]", "if k < 0:", "    continue", "tab = table[k]", indent=EDGE)
@@ -283,7 +283,7 @@ def _read_out(s: Source, shape: LayerShape) -> None:
     """A network with one hidden layer on the scalar; ``gx`` is the gradient of ``seed`` times its output."""
     c = shape.n_channels
     s.array("bias"), s.array("hidden"), s.array("hidden_back"), s.array("weights")
-    s.array("seed"), s.array("output", kind="DOUBLE")
+    s.array("seed"), s.array("output", dtype="float64")
     s.buffer("y", c), s.buffer("gx", shape.n_out * c)
     _channels(s, c, ["y[c] = bias[c]"], NODE)
     _matmul(s, 1, "y", 0, "xo", 0, "hidden", 0, c, c, c)

@@ -3,25 +3,20 @@
 import math
 from typing import NamedTuple
 
-from equimd.kernels.codegen import INTRINSICS, OPTIONS, VECTORS, Constants
-from equimd.kernels.compiled import module_name
-
-LANES = 16
-"""Numbers in a vector of ``lanes``, which is imported by compiled kernels only: numba takes a second to load."""
+from equimd.kernels.codegen import Constants
 
 NODE, EDGE, DEEP, DEEPER = (" " * n for n in (8, 12, 16, 20))
 """Indentation of a line that is executed for every atom, for every edge, and in loops within."""
 
 
 class KernelSource(NamedTuple):
-    """text of a module with a C function ``kernel``; the arrays it takes, in order; modules that it imports.
+    """text of a module in the language of ``translate``; the arrays that its function takes, in order.
 
     phases: what the array ``cycles`` counts, in a kernel with clocks.
     """
 
     text: str
     arguments: tuple[str, ...]
-    modules: tuple[str, ...]
     phases: tuple[str, ...] = ()
 
 
@@ -39,24 +34,18 @@ class Source:
         self.functions: dict[tuple[int, int, int, int], str] = {}
         self.arrays: dict[str, tuple[str, int]] = {}
         self.scratch: dict[str, int] = {}
-        self.imports: list[str] = []
         self.prologue: list[str] = []  # what comes before the loop over atoms
         self.constants = Constants()
 
-    def array(self, name: str, row: int = 0, kind: str = "REAL") -> str:
-        """An argument: a table with ``row`` numbers a row, or a flat one."""
-        self.arrays.setdefault(name, (kind, row))
+    def array(self, name: str, row: int = 0, dtype: str = "") -> str:
+        """An argument: a table with ``row`` numbers a row, or a flat one; of the kernel's dtype, or of another."""
+        self.arrays.setdefault(name, (dtype or self.dtype, row))
         return name
 
     def buffer(self, name: str, size: int) -> str:
         """Memory of the kernel's own."""
         self.scratch[name] = size
         return name
-
-    def use_lanes(self) -> None:
-        """Import the vectors of ``lanes``; their exponential is called ``exp_lanes``."""
-        names = "div, exp as exp_lanes, fma, load, maximum, mul, splat, splat_at, store, sub, total, transpose"
-        self.imports = [f"from equimd.kernels.lanes import {names}  # {VECTORS}"]
 
     def add(self, *lines: str, indent: str = NODE) -> None:
         """Lines of the kernel's loop over atoms."""
@@ -78,32 +67,19 @@ class Source:
 
     def text(self) -> str:
         """The module."""
-        arguments = [f"p_{name}" for name in self.arrays]
-        types = ", ".join(kind for kind, _ in self.arrays.values())
-        views = [
-            f"    {name} = carray(p_{name}, {f'(ROWS, {row})' if row else 'ROWS'})"
-            for name, (_, row) in self.arrays.items()
-        ]
-        views += [f"    {name} = np.empty({size}, np.{self.dtype})" for name, size in self.scratch.items()]
+        arrays = [f"{name}: {dtype}[{f':, {row}' if row else ':'}]" for name, (dtype, row) in self.arrays.items()]
+        buffers = [f"    {name} = empty({size}, {self.dtype})" for name, size in self.scratch.items()]
         return "\n".join(
             [
-                '"""Made by equimd.kernels.source; safe to delete."""\n',
-                "import math\n",
-                "import numpy as np",
-                "from numba import carray, cfunc, types\n",
-                f"from equimd.kernels.intrinsics import exp, use_widest_vectors  # {INTRINSICS}",
-                *self.imports,
-                *(f"from {module_name(source)} import matmul as {name}" for name, source in self._matmuls()),
-                f"REAL = types.CPointer(types.{self.dtype})",
-                "DOUBLE = types.CPointer(types.float64)",
-                "INDEX = types.CPointer(types.int64)",
-                "ROWS = 1 << 40",
-                f"ZERO, ONE = np.{self.dtype}(0), np.{self.dtype}(1)",
-                *(f"{name} = np.{self.dtype}({value})" for value, name in self.constants.names.items()),
-                f"\n\n@cfunc(types.void({types}, types.int64, types.int64), cache=True, {OPTIONS})",
-                f"def kernel({', '.join(arguments)}, low, high):",
-                "    use_widest_vectors()",
-                *views,
+                *(
+                    matmul_source(name, rows, self.n_channels, n_in, n_out, stride, self.dtype)
+                    for (rows, n_in, n_out, stride), name in self.functions.items()
+                ),
+                f"ZERO = {self.dtype}(0)",
+                f"ONE = {self.dtype}(1)",
+                *(f"{name} = {self.dtype}({value})" for value, name in self.constants.names.items()),
+                f"def kernel({', '.join(arrays)}, low: int64, high: int64):",
+                *buffers,
                 *self.prologue,
                 "    for n in range(low, high):",
                 *self.lines,
@@ -112,29 +88,21 @@ class Source:
             ]
         )
 
-    def _matmuls(self) -> list[tuple[str, str]]:
-        return [
-            (name, matmul_source(rows, self.n_channels, n_in, n_out, stride, self.dtype))
-            for (rows, n_in, n_out, stride), name in self.functions.items()
-        ]
-
     def result(self) -> "KernelSource":
-        """The module, and what it takes to compile and to call it."""
+        """The module, and what it takes to call it."""
         if self.phases:
-            self.array("cycles", kind="INDEX")
-            self.imports.append(f"from equimd.kernels.intrinsics import read_cycles  # {INTRINSICS}")
-            self.prologue += [f"    spent = np.zeros({len(self.phases)}, np.int64)", "    last = read_cycles()"]
+            self.array("cycles", dtype="int64")
+            self.prologue += [f"    spent = zeros({len(self.phases)}, int64)", "    last = read_cycles()"]
             self.epilogue += [f"    for k in range({len(self.phases)}):", "        cycles[k] += spent[k]"]
-        modules = tuple(source for _, source in self._matmuls())
-        return KernelSource(self.text(), tuple(self.arrays), modules, tuple(self.phases))
+        return KernelSource(self.text(), tuple(self.arrays), tuple(self.phases))
 
 
-def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: int, dtype: str) -> str:
-    """A module with one function, compiled once for all kernels that call it.
+def matmul_source(name: str, n_rows: int, n_channels: int, n_in: int, n_out: int, stride: int, dtype: str) -> str:
+    """A function that kernels call.
 
     Several rows of W are taken at once, so that a target is loaded and stored less often than it is added to.
     """
-    array = f"{dtype}[::1]"
+    array = f"{dtype}[:]"
     block = math.gcd(n_in, {1: 8, 3: 4, 5: 4}.get(n_rows, 2))
     rows, columns = range(n_rows), range(block)
     lines = [f"v{m}_{u} = source[{m * n_channels + u} + q]" for m in rows for u in columns]
@@ -146,16 +114,9 @@ def matmul_source(n_rows: int, n_channels: int, n_in: int, n_out: int, stride: i
         lines.append(f"    target[{m * n_channels} + c] += {products}")
     return "\n".join(
         [
-            '"""Made by equimd.kernels.source; safe to delete."""\n',
-            "from numba import njit\n",
-            f"from equimd.kernels.intrinsics import use_widest_vectors  # {INTRINSICS}\n\n",
-            # With its signature: numba would compile it anew for every literal that it is called with.
-            f'@njit("void({array}, int64, {array}, int64, {array}, int64)", cache=True, {OPTIONS})',
-            "def matmul(target, t, source, s, weight, offset):",
-            "    use_widest_vectors()",
-            "    target, source, weight = target[t:], source[s:], weight[offset:]  # so that no index can be negative",
+            f"def {name}(target: {array}, t: int64, source: {array}, s: int64, weight: {array}, offset: int64):",
+            "    target, source, weight = target[t:], source[s:], weight[offset:]",
             f"    for q in range(0, {n_in}, {block}):",
             *(" " * 8 + line for line in lines),
-            "",
         ]
     )

@@ -13,7 +13,8 @@ Kernels of ``norm`` and ``swiglu`` walk tokens, all others atoms.
 """
 
 from equimd.kernels.geometry_codegen import Screening, unit_vector, walk_distances
-from equimd.kernels.source import DEEP, DEEPER, EDGE, LANES, KernelSource, Source
+from equimd.kernels.ir import LANES
+from equimd.kernels.source import DEEP, DEEPER, EDGE, KernelSource, Source
 
 
 def distances_source(n_species: int, repulsion: Screening) -> KernelSource:
@@ -22,7 +23,7 @@ def distances_source(n_species: int, repulsion: Screening) -> KernelSource:
     ``scales`` begins with the cutoff. If there is one, also the nuclear repulsion, as in ``geometry_source``.
     """
     s = Source("float64")
-    s.array("scales", kind="DOUBLE"), s.array("slot", kind="INDEX"), s.array("count", kind="INDEX")
+    s.array("scales", dtype="float64"), s.array("slot", dtype="int64"), s.array("count", dtype="int64")
     s.add("found = 0")
     walk_distances(s, n_species, repulsion)
     s.add("if r > scales[0]:", "    slot[e] = -1", "else:", indent=EDGE)
@@ -40,18 +41,18 @@ def tokens_source(d: int, n_radial: int, n_species: int, dtype: str) -> KernelSo
     the radial functions, Å⁻¹. ``scales`` is (cutoff, width of the step down to it, √(2/cutoff)).
     """
     s = Source(dtype)
-    s.array("ptr", kind="INDEX"), s.array("order", kind="INDEX"), s.array("other", kind="INDEX")
-    s.array("first", kind="INDEX"), s.array("slot", kind="INDEX"), s.array("kind", kind="INDEX")
-    s.array("reverse", kind="INDEX"), s.array("vectors", 3, "DOUBLE"), s.array("scales", kind="DOUBLE")
-    s.array("frequencies", kind="DOUBLE")
+    s.array("ptr", dtype="int64"), s.array("order", dtype="int64"), s.array("other", dtype="int64")
+    s.array("first", dtype="int64"), s.array("slot", dtype="int64"), s.array("kind", dtype="int64")
+    s.array("reverse", dtype="int64"), s.array("vectors", 3, "float64"), s.array("scales", dtype="float64")
+    s.array("frequencies", dtype="float64")
     s.array("of_atoms", d), s.array("of_pairs", d), s.array("embedding", d)
-    s.array("x", d), s.array("weight"), s.array("back", kind="INDEX")
+    s.array("x", d), s.array("weight"), s.array("back", dtype="int64")
     s.add("t = first[n]", "own, start = x[t], of_atoms[kind[n]]", f"for c in range({d}):", "    own[c] = start[c]")
     s.add("weight[t] = ONE", "back[t] = t", "for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", "if slot[e] < 0:", "    continue", "t += 1", "j = other[e]", indent=EDGE)
     s.add(*unit_vector(), *features(n_radial), *step_down(), indent=EDGE)
     s.add("weight[t] = down", "back[t] = first[j] + 1 + slot[reverse[e]]", indent=EDGE)
-    s.add(*(f"w{k} = np.{dtype}(f{k})" for k in range(4 + n_radial)), indent=EDGE)
+    s.add(*(f"w{k} = {dtype}(f{k})" for k in range(4 + n_radial)), indent=EDGE)
     s.add(f"own, start = x[t], of_pairs[kind[n] * {n_species} + kind[j]]", f"for c in range({d}):", indent=EDGE)
     products = "".join(f" + w{k} * embedding[{k}, c]" for k in range(4 + n_radial))
     s.add(f"own[c] = start[c]{products}", indent=DEEP)
@@ -61,12 +62,12 @@ def tokens_source(d: int, n_radial: int, n_species: int, dtype: str) -> KernelSo
 def tokens_back_source(d: int, n_radial: int, dtype: str, repulsion: bool) -> KernelSource:
     """g (M, d) and g_weight (M,) → gradient (E, 3), with the slope of the nuclear repulsion."""
     s = Source(dtype)
-    s.array("ptr", kind="INDEX"), s.array("order", kind="INDEX"), s.array("first", kind="INDEX")
-    s.array("slot", kind="INDEX"), s.array("vectors", 3, "DOUBLE"), s.array("scales", kind="DOUBLE")
-    s.array("frequencies", kind="DOUBLE")
-    s.array("embedding", d), s.array("g", d), s.array("g_weight"), s.array("gradient", 3, "DOUBLE")
+    s.array("ptr", dtype="int64"), s.array("order", dtype="int64"), s.array("first", dtype="int64")
+    s.array("slot", dtype="int64"), s.array("vectors", 3, "float64"), s.array("scales", dtype="float64")
+    s.array("frequencies", dtype="float64")
+    s.array("embedding", d), s.array("g", d), s.array("g_weight"), s.array("gradient", 3, "float64")
     if repulsion:
-        s.array("slope", kind="DOUBLE")
+        s.array("slope", dtype="float64")
     s.add("t = first[n]", "for m in range(ptr[n], ptr[n + 1]):")
     s.add("e = order[m]", *unit_vector(), indent=EDGE)
     s.add(f"along = {'slope[e]' if repulsion else '0.0'}", "d0 = d1 = d2 = 0.0", "if slot[e] >= 0:", indent=EDGE)
@@ -114,7 +115,6 @@ def norm_back_source(d: int, dtype: str) -> KernelSource:
     """
     s, whole = Source(dtype), d - d % LANES
     s.array("x", d), s.array("g_y", d), s.array("g", d), s.array("g_to", d)
-    s.use_lanes()
     s.add("own, grad, before, to = x[n], g_y[n], g[n], g_to[n]", *scale(s, d), *_share(s, d))
     s.add("scales, shares = splat(scale), splat(-scale * along)", f"for c in range(0, {whole}, {LANES}):")
     s.add("part = fma(scales, load(grad, c), load(before, c))", indent=EDGE)
@@ -139,12 +139,11 @@ def swiglu_source(width: int, dtype: str) -> KernelSource:
     """h = silu(a) ⊙ b (M, width) of up = [a, b] (M, 2 width); the width is a multiple of 16."""
     s = Source(dtype)
     s.array("up"), s.array("h")
-    s.use_lanes()
     s.add("one, nothing = splat(ONE), splat(ZERO)", f"for c in range(0, {width}, {LANES}):")
     s.add(
         f"at = n * {2 * width} + c",
         "a = load(up, at)",
-        "below = fma(exp_lanes(sub(nothing, a)), one, one)",
+        "below = fma(exp(sub(nothing, a)), one, one)",
         indent=EDGE,
     )
     s.add(f"store(h, n * {width} + c, mul(div(a, below), load(up, at + {width})))", indent=EDGE)
@@ -155,14 +154,13 @@ def swiglu_back_source(width: int, dtype: str) -> KernelSource:
     """g_up = [g_h b silu'(a), g_h silu(a)] with up = [a, b], which may be the same array; a width as before."""
     s = Source(dtype)
     s.array("up"), s.array("g_h"), s.array("g_up")
-    s.use_lanes()
     s.add("one, nothing = splat(ONE), splat(ZERO)", f"for c in range(0, {width}, {LANES}):")
     s.add(
         f"at = n * {2 * width} + c",
         f"a, b, grad = load(up, at), load(up, at + {width}), load(g_h, n * {width} + c)",
         indent=EDGE,
     )
-    s.add("gate = div(one, fma(exp_lanes(sub(nothing, a)), one, one))", "u = mul(a, gate)", indent=EDGE)
+    s.add("gate = div(one, fma(exp(sub(nothing, a)), one, one))", "u = mul(a, gate)", indent=EDGE)
     s.add("store(g_up, at, mul(mul(grad, b), fma(u, sub(one, gate), gate)))", indent=EDGE)
     s.add(f"store(g_up, at + {width}, mul(grad, u))", indent=EDGE)
     return s.result()
@@ -171,8 +169,8 @@ def swiglu_back_source(width: int, dtype: str) -> KernelSource:
 def readout_source(d: int, dtype: str) -> KernelSource:
     """output += constant + h_a · y_0 + Σ_j w_j h_e · y_j, and y (M, d): x normalised. heads (2, d) are h_a and h_e."""
     s = Source(dtype)
-    s.array("first", kind="INDEX"), s.array("x", d), s.array("y", d), s.array("weight")
-    s.array("heads", d), s.array("constant"), s.array("output", kind="DOUBLE")
+    s.array("first", dtype="int64"), s.array("x", d), s.array("y", d), s.array("weight")
+    s.array("heads", d), s.array("constant"), s.array("output", dtype="float64")
     s.add("result = float(constant[0])", "for t in range(first[n], first[n + 1]):")
     s.add("own, to = x[t], y[t]", *scale(s, d), "head = heads[0 if t == first[n] else 1]", indent=EDGE)
     s.add("value = ZERO", f"for c in range({d}):", "    to[c] = own[c] * scale", indent=EDGE)
@@ -187,7 +185,7 @@ def readout_back_source(d: int, dtype: str, is_last: bool) -> KernelSource:
     g_y (M, d) is that of the message. After the last readout nothing was sent, and g and g_weight begin here.
     """
     s = Source(dtype)
-    s.array("first", kind="INDEX"), s.array("x", d), s.array("weight"), s.array("heads", d), s.array("seed")
+    s.array("first", dtype="int64"), s.array("x", d), s.array("weight"), s.array("heads", d), s.array("seed")
     s.array("g", d), s.array("g_weight")
     s.buffer("grad", d)
     s.add("for t in range(first[n], first[n + 1]):")
@@ -208,7 +206,7 @@ def readout_back_source(d: int, dtype: str, is_last: bool) -> KernelSource:
 def receive_source(d: int, dtype: str) -> KernelSource:
     """x_next = x + what the edge back sent; atoms receive nothing."""
     s = Source(dtype)
-    s.array("first", kind="INDEX"), s.array("back", kind="INDEX")
+    s.array("first", dtype="int64"), s.array("back", dtype="int64")
     s.array("x", d), s.array("sent", d), s.array("x_next", d)
     s.add("for t in range(first[n], first[n + 1]):")
     s.add("own, to, message = x[t], x_next[t], sent[back[t]]", f"for c in range({d}):", indent=EDGE)
@@ -219,7 +217,7 @@ def receive_source(d: int, dtype: str) -> KernelSource:
 def receive_back_source(d: int, dtype: str) -> KernelSource:
     """g_sent (M, d): the gradient g of the edge back; zero for atoms."""
     s = Source(dtype)
-    s.array("first", kind="INDEX"), s.array("back", kind="INDEX"), s.array("g", d), s.array("g_sent", d)
+    s.array("first", dtype="int64"), s.array("back", dtype="int64"), s.array("g", d), s.array("g_sent", d)
     s.add("for t in range(first[n], first[n + 1]):")
     s.add("own, to = g[back[t]], g_sent[t]", f"for c in range({d}):", indent=EDGE)
     s.add("to[c] = own[c] if t > first[n] else ZERO", indent=DEEP)

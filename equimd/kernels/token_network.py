@@ -259,7 +259,7 @@ def _block_backward(run: Run, step: Step) -> None:
 def compile_all(sources: Sources) -> dict[str, Kernel]:
     """The kernels by name."""
     return {
-        name: Kernel(compile_kernel(source.text, len(source.arguments), source.modules), source.arguments, axis, work)
+        name: Kernel(compile_kernel(source.text, len(source.arguments)), source.arguments, axis, work)
         for name, (source, axis, work) in sources.items()
     }
 

@@ -11,7 +11,8 @@ is eᵀ x + gᵀ d_x, a matrix product of what these kernels leave behind.
 """
 
 from equimd.kernels.geometry_codegen import unit_vector
-from equimd.kernels.source import DEEP, EDGE, LANES, KernelSource, Source
+from equimd.kernels.ir import LANES
+from equimd.kernels.source import DEEP, EDGE, KernelSource, Source
 from equimd.kernels.token_codegen import features, scale, step_down
 
 
@@ -21,9 +22,9 @@ def tokens_rates_source(d: int, n_radial: int, dtype: str) -> KernelSource:
     directions (E, 3) float64 are the rates of the edge vectors.
     """
     s, n_features = Source(dtype), 4 + n_radial
-    s.array("ptr", kind="INDEX"), s.array("order", kind="INDEX"), s.array("first", kind="INDEX")
-    s.array("slot", kind="INDEX"), s.array("vectors", 3, "DOUBLE"), s.array("directions", 3, "DOUBLE")
-    s.array("scales", kind="DOUBLE"), s.array("frequencies", kind="DOUBLE"), s.array("embedding", d)
+    s.array("ptr", dtype="int64"), s.array("order", dtype="int64"), s.array("first", dtype="int64")
+    s.array("slot", dtype="int64"), s.array("vectors", 3, "float64"), s.array("directions", 3, "float64")
+    s.array("scales", dtype="float64"), s.array("frequencies", dtype="float64"), s.array("embedding", d)
     s.array("features", n_features), s.array("d_features", n_features), s.array("d_x", d), s.array("d_weight")
     s.add("t = first[n]", "own = d_x[t]", "d_weight[t] = ZERO", f"for c in range({d}):", "    own[c] = ZERO")
     s.add(*(f"features[t, {k}] = d_features[t, {k}] = ZERO" for k in range(n_features)))
@@ -31,9 +32,9 @@ def tokens_rates_source(d: int, n_radial: int, dtype: str) -> KernelSource:
     s.add("e = order[m]", "if slot[e] < 0:", "    continue", "t += 1", *unit_vector(), indent=EDGE)
     s.add("c0, c1, c2 = directions[e, 0], directions[e, 1], directions[e, 2]", indent=EDGE)
     s.add("rate = u0 * c0 + u1 * c1 + u2 * c2", *features(n_radial, slope=True), *step_down(slope=True), indent=EDGE)
-    s.add(f"d_weight[t] = np.{dtype}(d_down * rate)", indent=EDGE)
+    s.add(f"d_weight[t] = {dtype}(d_down * rate)", indent=EDGE)
     rates = ["c0", "c1", "c2", "rate", *(f"d_f{4 + k} * rate" for k in range(n_radial))]
-    s.add(*(f"w{k} = np.{dtype}({rate})" for k, rate in enumerate(rates)), indent=EDGE)
+    s.add(*(f"w{k} = {dtype}({rate})" for k, rate in enumerate(rates)), indent=EDGE)
     s.add(*(f"features[t, {k}], d_features[t, {k}] = f{k}, w{k}" for k in range(n_features)), indent=EDGE)
     s.add("own = d_x[t]", f"for c in range({d}):", indent=EDGE)
     s.add(f"own[c] = {' + '.join(f'w{k} * embedding[{k}, c]' for k in range(n_features))}", indent=DEEP)
@@ -106,11 +107,10 @@ def swiglu_rates_back_source(width: int, dtype: str) -> KernelSource:
 
 def _start_swiglu(s: Source, width: int) -> None:
     """The loop over channels: a, b, their rates d_a and d_b, gate = sigmoid(a), u = silu(a), slope = u'."""
-    s.use_lanes()
     s.add("one, nothing = splat(ONE), splat(ZERO)", f"for c in range(0, {width}, {LANES}):")
     s.add(f"at = n * {2 * width} + c", f"a, b = load(up, at), load(up, at + {width})", indent=EDGE)
     s.add(f"d_a, d_b = load(d_up, at), load(d_up, at + {width})", indent=EDGE)
-    s.add("gate = div(one, fma(exp_lanes(sub(nothing, a)), one, one))", "u = mul(a, gate)", indent=EDGE)
+    s.add("gate = div(one, fma(exp(sub(nothing, a)), one, one))", "u = mul(a, gate)", indent=EDGE)
     s.add("slope = fma(u, sub(one, gate), gate)", indent=EDGE)
 
 
@@ -121,7 +121,7 @@ def readout_rates_source(d: int, dtype: str, is_last: bool) -> KernelSource:
     message was sent. factors and d_factors (M, 2) say how much y counts in either head.
     """
     s = Source(dtype)
-    s.array("first", kind="INDEX"), s.array("weight"), s.array("d_weight"), s.array("heads", d)
+    s.array("first", dtype="int64"), s.array("weight"), s.array("d_weight"), s.array("heads", d)
     s.array("seed"), s.array("d_seed"), s.array("g_y", d), s.array("e_y", d)
     s.array("factors", 2), s.array("d_factors", 2)
     if not is_last:
@@ -140,8 +140,8 @@ def readout_rates_source(d: int, dtype: str, is_last: bool) -> KernelSource:
 def species_back_source(d: int, n_species: int, dtype: str) -> KernelSource:
     """e (M, d) summed over tokens of the same species, to_atoms (S, d), or pair of species, to_pairs (S², d)."""
     s = Source(dtype)
-    s.array("ptr", kind="INDEX"), s.array("order", kind="INDEX"), s.array("other", kind="INDEX")
-    s.array("first", kind="INDEX"), s.array("slot", kind="INDEX"), s.array("kind", kind="INDEX")
+    s.array("ptr", dtype="int64"), s.array("order", dtype="int64"), s.array("other", dtype="int64")
+    s.array("first", dtype="int64"), s.array("slot", dtype="int64"), s.array("kind", dtype="int64")
     s.array("e", d), s.array("to_atoms", d), s.array("to_pairs", d)
     s.add("t = first[n]", "own, to = e[t], to_atoms[kind[n]]", f"for c in range({d}):", "    to[c] += own[c]")
     s.add("for m in range(ptr[n], ptr[n + 1]):")

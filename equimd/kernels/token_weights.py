@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equimd.kernels.geometry_codegen import Screening
-from equimd.kernels.source import LANES
+from equimd.kernels.ir import LANES
 
 
 @dataclass(frozen=True)

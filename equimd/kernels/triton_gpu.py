@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 in the environment triton runs the same kernels on the C
 """
 
 import functools
+import hashlib
 import warnings
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from equimd.errors import KernelWarning
+from equimd.kernels.cache import import_source
 from equimd.kernels.closure import Convolve
-from equimd.kernels.compiled import import_source
 from equimd.kernels.plan import ConvolutionPlan, make_layer_plan
 from equimd.kernels.topology import Topology, make_topology
 from equimd.kernels.triton_codegen import OPTIONS, kernel_source, n_parts
@@ -85,5 +86,6 @@ def _run(
 @functools.cache
 def _kernel(kind: str, plan: ConvolutionPlan, n_channels: int, dtype: str) -> tuple[Any, int]:
     """The triton function and its programs per node; triton compiles it when it is called."""
-    module = import_source(kernel_source(kind, plan, n_channels, dtype))
+    source = kernel_source(kind, plan, n_channels, dtype)
+    module = import_source(source, f"_equimd_kernel_{hashlib.sha256(source.encode()).hexdigest()[:20]}")
     return module.kernel, n_parts(kind, plan, n_channels, dtype)

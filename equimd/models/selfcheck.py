@@ -122,7 +122,7 @@ def check_training_kernels(potential: Potential) -> None:
     floor = max(_FLOOR, 0.01 * max(_largest(gradient) for gradient in wanted))
     scales = [max(_largest(gradient), floor) for gradient in wanted]
     found: dict[kernels.Backend, str] = {}
-    for backend in ("auto", "numba", "reference") if potential.device.type == "cpu" else ("auto", "reference"):
+    for backend in ("auto", "llvm", "reference") if potential.device.type == "cpu" else ("auto", "reference"):
         potential.kernel_backend = backend
         try:
             own = _loss_gradient(potential, graph)
@@ -180,7 +180,7 @@ def _choose_kernels(potential: Potential, exact: Potential, structures: "list[_S
 def _choose_own_kernels(potential: Potential, graph: AtomGraph, wanted: Prediction) -> float:
     found: dict[kernels.Backend, str] = {}
     deviation = float("nan")
-    backends: tuple[kernels.Backend, ...] = ("auto", "numba", "reference")
+    backends: tuple[kernels.Backend, ...] = ("auto", "llvm", "reference")
     for backend in backends if graph.positions.device.type == "cpu" else ("auto", "reference"):
         potential.kernel_backend = backend
         try:

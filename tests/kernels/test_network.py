@@ -228,11 +228,11 @@ def test_graphs_can_be_copied_and_pickled_after_use():
 def test_code_is_compiled_once_for_all_weights():
     potential, graph = make_potential(), make_graph()
     potential(graph)
-    before = len(compiled._by_name)
+    before = len(compiled._by_symbol)
     for _ in range(3):
         _in_place(potential)
         potential(graph)
-    assert len(compiled._by_name) == before
+    assert len(compiled._by_symbol) == before
 
 
 def test_first_use_from_several_threads(tmp_path):

@@ -36,7 +36,7 @@ def test_every_backend_gives_the_same(name, dtype):
         reference = double(graph)
     assert potential.has_frozen_network
     assert relative_difference(potential(graph), reference) < EQUAL[dtype]
-    with kernels.using("numba"):
+    with kernels.using("llvm"):
         assert not potential.has_frozen_network
         assert relative_difference(potential(graph), reference) < EQUAL[dtype]
 

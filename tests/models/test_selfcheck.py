@@ -109,9 +109,9 @@ def _transformer():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_broken_convolution_falls_back_to_the_reference(monkeypatch, dtype):
     """A backend that is wrong in one product, in either precision."""
-    from equimd.kernels import numba_cpu
+    from equimd.kernels import llvm_cpu
 
-    right = numba_cpu.convolve_numba
+    right = llvm_cpu.convolve_llvm
 
     def wrong(x, sh, radial, plan, topology):
         out = right(x, sh, radial, plan, topology)
@@ -122,7 +122,7 @@ def test_broken_convolution_falls_back_to_the_reference(monkeypatch, dtype):
         warnings.simplefilter("error")  # nothing to say of sound kernels
         assert self_check(potential).ok
     assert potential.kernel_backend == "auto"
-    monkeypatch.setattr(numba_cpu, "convolve_numba", wrong)
+    monkeypatch.setattr(llvm_cpu, "convolve_llvm", wrong)
     with pytest.warns(RuntimeWarning, match='"reference" is used instead'):
         assert self_check(potential).ok
     assert potential.kernel_backend == "reference"
@@ -157,7 +157,7 @@ def test_broken_networks_fall_back(monkeypatch, fault):
 
         broken.setattr(geometry_codegen, name, wrong)
         potential._fused = None
-        with pytest.warns(RuntimeWarning, match='"auto": off by .* "numba" is used instead'):
+        with pytest.warns(RuntimeWarning, match='"auto": off by .* "llvm" is used instead'):
             assert self_check(potential).ok
     assert not potential.has_frozen_network
     sound = _equivariant(l_max=3).requires_grad_(False)
@@ -175,7 +175,7 @@ def test_broken_transformer_networks_fall_back(monkeypatch, kernel):
     monkeypatch.setattr(
         token_run.Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
     )
-    with pytest.warns(RuntimeWarning, match='"auto": off by .* "numba" is used instead'):
+    with pytest.warns(RuntimeWarning, match='"auto": off by .* "llvm" is used instead'):
         assert self_check(potential).ok
     assert not potential.has_frozen_network
 
@@ -197,18 +197,18 @@ def test_wrong_gradients_fall_back(monkeypatch, broken):
         assert potential.kernel_backend == "auto"
         return
     monkeypatch.setattr(dual._Pass, "_call", wrong)
-    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
+    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "llvm" is used instead'):
         selfcheck.check_training_kernels(potential)
-    assert potential.kernel_backend == "numba"
+    assert potential.kernel_backend == "llvm"
 
 
 def test_gradients_by_autograd_through_kernels_are_checked(monkeypatch):
     """rms_norm networks train by second derivatives of the compiled convolution, as all do on a GPU."""
-    from equimd.kernels import numba_cpu
+    from equimd.kernels import llvm_cpu
 
     potential = _equivariant(rms_norm=True).requires_grad_()
     assert not potential.trains_by_kernels
-    run = numba_cpu._run
+    run = llvm_cpu._run
 
     def wrong(kind, x, y, w, g, out, out2, *rest):
         run(kind, x, y, w, g, out, out2, *rest)
@@ -217,7 +217,7 @@ def test_gradients_by_autograd_through_kernels_are_checked(monkeypatch):
 
     selfcheck.check_training_kernels(potential)
     assert potential.kernel_backend == "auto"
-    monkeypatch.setattr(numba_cpu, "_run", wrong)
+    monkeypatch.setattr(llvm_cpu, "_run", wrong)
     with pytest.warns(KernelWarning, match='"auto": gradients are off by .* "reference" is used instead'):
         selfcheck.check_training_kernels(potential)
     assert potential.kernel_backend == "reference"
@@ -235,7 +235,7 @@ def test_wrong_gradients_of_transformers_fall_back(monkeypatch, kernel):
     monkeypatch.setattr(
         token_run.Run, "kernel", lambda self, name, *a, **k: None if name == kernel else run(self, name, *a, **k)
     )
-    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "numba" is used instead'):
+    with pytest.warns(RuntimeWarning, match='"auto": gradients are off by .* "llvm" is used instead'):
         selfcheck.check_training_kernels(potential)
     assert not potential.trains_by_kernels
 
@@ -250,7 +250,7 @@ def test_compiler_that_fails_falls_back(monkeypatch):
     monkeypatch.setattr(network, "compile_kernel", fail)
     with pytest.warns(RuntimeWarning, match="no space left on device"):
         assert self_check(potential).ok
-    assert potential.kernel_backend == "numba"
+    assert potential.kernel_backend == "llvm"
 
 
 def test_wrong_weights_are_not_blamed_on_kernels():

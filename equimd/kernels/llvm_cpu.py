@@ -1,4 +1,4 @@
-"""The convolution on the CPU, compiled by numba, without per-edge messages in memory."""
+"""The convolution on the CPU, compiled by LLVM, without per-edge messages in memory."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from equimd.kernels.topology import Topology
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
-def convolve_numba(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
+def convolve_llvm(x: Tensor, sh: Tensor, radial: Tensor, plan: ConvolutionPlan, topology: Topology) -> Tensor:
     """``out[n, path] = Σ_{e into n} radial[e, path] · CG_path(x[sender], sh[e])``, (N, D_out, C).
 
     x (N, D_in, C); sh (E, (l_max_sh+1)²); radial (E, P, C). The result does not depend on the number of threads, which
