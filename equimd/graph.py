@@ -7,12 +7,11 @@ vectors. Edges are sorted by receiver. Both directions of every pair are present
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from equimd.errors import InputError
 from equimd.neighbors import neighbor_list, used_cell
@@ -23,9 +22,10 @@ T = TypeVar("T")
 _ATOM_KEYS = ("positions", "atomic_numbers", "forces")
 _EDGE_KEYS = ("edge_shifts",)
 _SYSTEM_KEYS = ("cell", "pbc", "energy", "stress")
+_DERIVED = "_derived"
 
 
-class AtomGraph(Data):
+class AtomGraph:
     """Atoms and directed edges of one structure or of a batch of S structures.
 
     positions (N, 3) float64 Å; atomic_numbers (N,) int64; cell (S, 3, 3) float64 Å; pbc (S, 3) bool;
@@ -33,30 +33,71 @@ class AtomGraph(Data):
     batch (N,) int64, the structure each atom belongs to; n_systems int.
     Labels, NaN where absent: energy (S,) eV float64; forces (N, 3) eV/Å float64; stress (S, 3, 3) eV/Å³ float64.
     A batch that was rotated and whose stress is known in part also holds rotations and unrotated_stress (S, 3, 3).
+
+    ``graph["positions"]`` is ``graph.positions``. ``torch_geometric.data.Data(**graph.to_dict())`` makes a graph of
+    that package.
     """
 
-    if TYPE_CHECKING:  # torch_geometric declares these as Tensor | None, or not at all
-        positions: Tensor
-        atomic_numbers: Tensor
-        edge_index: Tensor  # pyright: ignore
-        edge_shifts: Tensor
-        cell: Tensor
-        pbc: Tensor
-        batch: Tensor  # pyright: ignore
-        energy: Tensor
-        forces: Tensor
-        stress: Tensor
-        rotations: Tensor
-        unrotated_stress: Tensor
-        n_systems: int
+    positions: Tensor
+    atomic_numbers: Tensor
+    edge_index: Tensor
+    edge_shifts: Tensor
+    cell: Tensor
+    pbc: Tensor
+    batch: Tensor
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    rotations: Tensor
+    unrotated_stress: Tensor
+    n_systems: int
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, without what was derived from the edges."""
+        return {key: value for key, value in self.__dict__.items() if key != _DERIVED}
+
+    def keys(self) -> list[str]:
+        """Names of its fields."""
+        return list(self.to_dict())
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"AtomGraph(n_systems={self.n_systems}, n_atoms={self.n_atoms}, n_edges={self.n_edges})"
+
+    def __copy__(self) -> "AtomGraph":
+        return AtomGraph(**self.to_dict())
+
+    def __deepcopy__(self, memo: Any) -> "AtomGraph":
+        return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled as bytes, see ``as_bytes``, and without what was derived from the edges."""
         return _graph_from_bytes, (as_bytes(self.to_dict()),)
 
-    def __inc__(self, key: str, value: object, *args: object, **kwargs: object) -> object:
-        """Only edge_index counts atoms; every other key is concatenated as it is."""
-        return self.num_nodes if key == "edge_index" else 0
+    def to(self, device: torch.device | str) -> "AtomGraph":
+        """The graph on a device: itself if it is there."""
+        if self.edge_index.device == torch.device(device):
+            return self
+        return self._each(lambda tensor: tensor.to(device))
+
+    def clone(self) -> "AtomGraph":
+        """A graph that shares no tensor with this one."""
+        return self._each(torch.clone)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "AtomGraph":
+        fields = self.to_dict().items()
+        return AtomGraph(**{key: function(value) if isinstance(value, Tensor) else value for key, value in fields})
 
     @property
     def n_atoms(self) -> int:
@@ -138,7 +179,7 @@ def graph_from_arrays(
 
 
 def batch_graphs(graphs: Sequence[AtomGraph]) -> AtomGraph:
-    """Concatenate graphs into one; equal to torch_geometric's ``Batch`` on these fields."""
+    """Concatenate graphs into one: atoms are counted on in ``edge_index``, structures in ``batch``."""
     if len(graphs) == 1:
         return graphs[0]
     first = graphs[0]
@@ -175,7 +216,7 @@ def derived(graph: AtomGraph, key: str, build: Callable[[], T]) -> T:
     Kept outside the graph's fields, so that batching and copying do not see it; rebuilt when ``edge_index`` is another
     tensor.
     """
-    store = graph.__dict__.setdefault("_derived", {})  # pyright: ignore
+    store = graph.__dict__.setdefault(_DERIVED, {})
     held = store.get(key)
     if held is None or held[0] is not graph.edge_index:
         held = store[key] = (graph.edge_index, build())

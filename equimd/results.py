@@ -209,7 +209,7 @@ def _n_threads() -> int:
 
 def provenance(n_threads: int | None = None, **extra_versions: Any) -> Provenance:
     """Date, processor, thread count and package versions of this process."""
-    packages = ("equimd", "torch", "e3nn", "numpy", "llvmlite", "triton", "ase", "openmm", "vesin", "tblite")
+    packages = ("equimd", "torch", "numpy", "llvmlite", "triton", "ase", "openmm", "vesin", "tblite")
     return Provenance(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         python=platform.python_version(),

@@ -21,6 +21,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from equimd.kernels.wigner import wigner_3j
+
 Irrep: TypeAlias = tuple[int, int]
 """(l, p): the degree and the parity, ±1."""
 
@@ -184,11 +186,7 @@ def _make_plan(irreps_in: tuple[Irrep, ...], l_max_sh: int, irreps_out: tuple[Ir
 @functools.cache
 def clebsch_gordan(l1: int, l2: int, l3: int) -> np.ndarray:
     """Coefficients √(2·l3+1) · wigner_3j, (2·l1+1, 2·l2+1, 2·l3+1) float64, read-only; round-off set to zero."""
-    import torch
-    from e3nn import o3
-
-    with torch.device("cpu"):  # e3nn makes some of its tensors on the default device
-        cg = o3.wigner_3j(l1, l2, l3, dtype=torch.float64, device="cpu").numpy() * math.sqrt(2 * l3 + 1)
+    cg = wigner_3j(l1, l2, l3) * math.sqrt(2 * l3 + 1)
     cg[np.abs(cg) < 1e-12] = 0.0
     cg.setflags(write=False)
     return cg

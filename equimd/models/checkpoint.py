@@ -6,6 +6,7 @@ with ``ensemble.json``, whose ``members`` are such folders inside. The folder th
 
 import difflib
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from torch.overrides import TorchFunctionMode
 
 from equimd.errors import InputError, NameWarning
 from equimd.kernels.ambient import building
@@ -95,11 +97,10 @@ def load_checkpoint(
     except ValidationError as error:
         raise InputError(f"{path} has bad settings: {explain(error)}") from error
     try:
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-            with torch.device("meta"):  # shapes alone, so that nothing is allocated that the file does not hold
-                _check_weights(path, build_potential(settings, species, energies), tensors)
-            with torch.device("cpu"):
-                potential = build_potential(settings, species, energies)
+        bounded = _Bounded(path, sum(tensor.numel() for tensor in tensors.values()))
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), bounded:  # the weights drawn here are overwritten
+            potential = build_potential(settings, species, energies)
+        _check_weights(path, potential, tensors)
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -109,8 +110,28 @@ def load_checkpoint(
     return potential.to(device=_device(device), dtype=_DTYPES[dtype]).eval(), header
 
 
+class _Bounded(TorchFunctionMode):
+    """Refuse to make many more numbers than a file holds: its settings may ask for any size."""
+
+    def __init__(self, path: Path, n_numbers: int) -> None:
+        super().__init__()
+        self.path, self.n_numbers = path, n_numbers
+        self.left = 4 * n_numbers + 100_000  # buffers and what stands in between
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            sizes = args[0] if args and isinstance(args[0], tuple | list) else args
+            self.left -= math.prod(size for size in sizes if isinstance(size, int))
+            if self.left < 0:
+                raise InputError(f"{self.path} holds {self.n_numbers} numbers; its settings ask for many more")
+        return func(*args, **(kwargs or {}))
+
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
 def _check_weights(path: Path, shapes: Potential, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse tensors that are not those of ``shapes``, a potential without values."""
+    """Refuse tensors whose names, shapes or types are not those of ``shapes``."""
     expected = shapes.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
