@@ -50,7 +50,9 @@ def compile_kernel(source: str, n_pointers: int) -> Kernel:
         symbol = compiler.symbol(source)
         if symbol not in _by_symbol:
             signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * n_pointers, ctypes.c_int64, ctypes.c_int64)
-            _by_symbol[symbol] = signature(compiler.address(source, symbol))
+            kernel: Any = signature(compiler.address(source, symbol))
+            kernel.compiler = compiler  # which owns the machine code
+            _by_symbol[symbol] = kernel
         return _by_symbol[symbol]
 
 
@@ -65,7 +67,7 @@ def _compiler() -> "_Compiler":
 
 
 class _Compiler:
-    """LLVM, for the processor at hand. Machine code lives as long as the process."""
+    """LLVM, for the processor at hand. It owns the machine code of all its kernels."""
 
     def __init__(self) -> None:
         from llvmlite import __version__, binding

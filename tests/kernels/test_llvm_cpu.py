@@ -1,6 +1,8 @@
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from kernel_problems import make_problem
 
 from equimd.kernels import compiled, convolve, llvm_cpu, make_layer_plan, make_topology
+from equimd.kernels.codegen import N_POINTERS, kernel_source
 
 
 def everything(problem):
@@ -72,6 +75,20 @@ def test_kernels_are_files_in_the_cache_folder(tmp_path, monkeypatch):
         monkeypatch.setattr(compiled, "_by_symbol", {})
         compiled.get_kernel("forward", make_layer_plan(0), 3, "float64")
         assert file.read_bytes() == whole
+
+
+def test_machine_code_lives_as_long_as_its_function(monkeypatch):
+    monkeypatch.setattr(compiled, "_by_symbol", {})
+    compiled._compiler.cache_clear()
+    kernel = compiled.compile_kernel(kernel_source("forward", make_layer_plan(0), 3, "float64"), N_POINTERS)
+    owner = weakref.ref(compiled._compiler())
+    compiled._compiler.cache_clear()
+    gc.collect()
+    assert owner() is not None
+    compiled._by_symbol.clear()
+    del kernel
+    gc.collect()
+    assert owner() is None
 
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
