@@ -1,6 +1,7 @@
 """Calculators and potentials in several threads, in worker processes and in copies: nothing that changes is shared."""
 
 import copy
+import ctypes
 import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +38,9 @@ def sent(thing):
 
 
 def tensors(thing, found=None, seen=None):
-    """Every tensor that can be reached from an object."""
+    """Every tensor that can be reached from an object; compiled functions hold none, but all of LLVM."""
     found, seen = ({}, set()) if found is None else (found, seen)
-    if id(thing) in seen:
+    if id(thing) in seen or isinstance(thing, ctypes._CFuncPtr):
         return found
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
