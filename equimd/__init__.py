@@ -17,6 +17,7 @@ _PUBLIC = {
     # the main jobs, and what they are told
     "compare": "equimd.comparison",
     "CompareSettings": "equimd.report.comparison",
+    "check": "equimd.analysis.check",
     "equivariance_error": "equimd.analysis.equivariance",
     "evaluate_accuracy": "equimd.analysis.accuracy",
     "load_recipe": "equimd.training",
@@ -41,6 +42,7 @@ __all__ = [
     "MDSettings",
     "TimingSettings",
     "__version__",
+    "check",
     "compare",
     "equivariance_error",
     "evaluate_accuracy",
@@ -59,6 +61,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from equimd.analysis.accuracy import evaluate_accuracy
+    from equimd.analysis.check import check
     from equimd.analysis.equivariance import equivariance_error
     from equimd.analysis.throughput import TimingSettings, measure_throughput
     from equimd.calculators.ase import EquimdCalculator

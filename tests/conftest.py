@@ -37,6 +37,7 @@ SLOW = (
     "tests/calculators/test_openmm_docs.py::test_code_of_the_page_runs[docs",
     "tests/calculators/test_openmm_docs.py::test_the_page_turns_a_cell_back",
     "tests/comparison/test_comparison.py::test_the_same_seed_gives_the_same_physics",
+    "tests/contract/test_zoo.py",
     "tests/kernels/test_convolve.py::test_equals_e3nn[2-True",
     "tests/kernels/test_convolve.py::test_equals_e3nn[3",
     "tests/kernels/test_convolve.py::test_gradients_equal_reference[3",

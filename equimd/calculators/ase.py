@@ -97,6 +97,7 @@ class EquimdCalculator(Calculator):
         self.potential = symmetrized(base, self._symmetrize)
         self.family: str = base.family
         self.stochastic = getattr(self.potential, "mode", None) == "random"
+        self.learned_symmetry = base.family != "equivariant"
         self.device = str(base.device)
         self.dtype = str(base.dtype).removeprefix("torch.")
         self._evaluator = Evaluator(self.potential, self._skin)

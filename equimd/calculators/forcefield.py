@@ -13,7 +13,10 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from equimd.contract.structures import Predicted, Structure
+from equimd.contract.subject import Predict
 from equimd.errors import InputError
+from equimd.frames.electrons import electron_entries
 from equimd.rotations import rotate_vectors
 
 
@@ -136,6 +139,23 @@ def in_precision(field: ForceField, dtype: str) -> ForceField | None:
         return field
     change = getattr(field, "with_dtype", None)
     return None if change is None else change(dtype)
+
+
+def as_predict(field: ForceField, template: Atoms) -> Predict:
+    """The force field as the contract sees it: a function of plain structures, with charge and spin of ``template``."""
+    entries = electron_entries(template)
+
+    def predict(structures: Sequence[Structure]) -> list[Predicted]:
+        frames = [
+            Atoms(s.numbers, positions=s.positions, cell=s.cell, pbc=s.pbc, info=dict(entries)) for s in structures
+        ]
+        got = field.evaluate(frames)
+        rows = zip(got.energies, got.forces, got.stresses, strict=True)
+        return [
+            Predicted(float(energy), np.asarray(forces, dtype=np.float64), stress) for energy, forces, stress in rows
+        ]
+
+    return predict
 
 
 def synchronize(field: ForceField) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from equimd.cli import compare, data, equivariance, evaluate, info, md, report, throughput, train
+from equimd.cli import check, compare, data, equivariance, evaluate, info, md, report, throughput, train
 from equimd.cli.errors import Commands
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("md")(md.md)
 app.command("evaluate")(evaluate.evaluate)
 app.command("equivariance")(equivariance.equivariance)
 app.command("throughput")(throughput.throughput)
+app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("info")(info.info)
 app.add_typer(data.app, name="data")

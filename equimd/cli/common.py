@@ -15,7 +15,6 @@ from equimd.cli import output
 from equimd.errors import InputError
 
 if TYPE_CHECKING:
-    from equimd.calculators.ase import EquimdCalculator
     from equimd.frames import Frames
     from equimd.results import Result
 
@@ -85,10 +84,14 @@ Keys = Annotated[
 ]
 
 
-def make_calculator(
-    potential: str, device: str = "auto", dtype: str = "float32", symmetrize: str | None = None
-) -> "EquimdCalculator":
-    """The potential as a calculator, checked as it is loaded."""
+def make_calculator(potential: str, device: str = "auto", dtype: str = "float32", symmetrize: str | None = None) -> Any:
+    """A potential as a calculator, checked as it is loaded; or what ``module:factory`` makes."""
+    from equimd.calculators.named import is_factory, make_foreign
+
+    if is_factory(potential):
+        if symmetrize is not None:
+            raise InputError(f"--symmetrize is {symmetrize}, but {potential} is no potential of equimd's")
+        return make_foreign(potential)
     from equimd.calculators.ase import EquimdCalculator
 
     return EquimdCalculator(potential, device=device, dtype=dtype, symmetrize=symmetrize)

@@ -59,7 +59,9 @@ def evaluate(
     from equimd.analysis.accuracy import evaluate_accuracy
     from equimd.frames.electrons import check_frames
 
-    check_frames(frames, calculator.header, str(dataset), stride)
+    header = getattr(calculator, "header", None)
+    if header is not None:  # a calculator of somebody else's knows itself what charges it takes
+        check_frames(frames, header, str(dataset), stride)
     with progress() as bar:
         result = evaluate_accuracy(
             calculator,

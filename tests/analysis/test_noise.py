@@ -6,9 +6,9 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 
-from equimd.analysis import noise
 from equimd.analysis.equivariance import Extras, equivariance_error
 from equimd.calculators.forcefield import ASEForceField, Evaluation
+from equimd.contract import subject
 from equimd.report.verdict import judge
 from equimd.testing import AnisotropicMock
 
@@ -123,7 +123,7 @@ def test_a_noisy_calculator_is_at_its_floor_and_not_exact():
 def test_history_of_a_self_consistent_cycle_counts(monkeypatch):
     assert measured(Converging(lennard_jones(), 1e-5), ethanol()).force.at_floor
     # Negative twin: points one after the other start from each other's error and see none.
-    monkeypatch.setattr(noise, "rotated_frame", lambda frame, _: frame)
+    monkeypatch.setattr(subject, "turned", lambda structure, _: structure)
     assert not measured(Converging(lennard_jones(), 1e-5), ethanol()).force.at_floor
 
 
@@ -149,14 +149,14 @@ def test_a_pair_that_crosses_a_cutoff_is_no_rounding(monkeypatch):
     assert measured(HardCutoff(lennard_jones(), atoms), atoms, n_rotations=4).force.floor < 1e-12
     broken = HardCutoff(AnisotropicMock((2e-7, 1e-7, 5e-8)), atoms)
     assert not measured(broken, atoms, n_rotations=4).force.at_floor
-    monkeypatch.setattr(noise, "_LEFT_OUT", 0.0)  # negative twin
+    monkeypatch.setattr(subject, "_LEFT_OUT", 0.0)  # negative twin
     assert measured(broken, atoms, n_rotations=4).force.at_floor
 
 
 def test_first_differences_would_take_slopes_for_rounding(monkeypatch):
     broken = AnisotropicMock((2e-6, 1e-6, 5e-7))
     assert not measured(broken, ethanol()).force.at_floor
-    monkeypatch.setattr(noise, "_ORDER", 1)
+    monkeypatch.setattr(subject, "_ORDER", 1)
     assert measured(broken, ethanol()).force.at_floor
 
 
