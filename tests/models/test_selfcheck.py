@@ -132,7 +132,7 @@ FAULTS = {
     "forces that are not the gradient": ("gradient_source", "along += g_r[e]", "along += 0.7 * g_r[e]"),
     "a repulsion of another slope": ("geometry_source", "slope[e] = 0.5", "slope[e] = 5.0"),
     "a repulsion that is not in the energy": ("geometry_source", "repulsion[n] = total", "repulsion[n] = 0.0"),
-    "energies that are not numbers": ("geometry_source", "repulsion[n] = total", "repulsion[n] = math.nan"),
+    "energies that are not numbers": ("geometry_source", "repulsion[n] = total", "repulsion[n] = 0.0 / 0.0"),
     "a virial that is too large": ("scatter_source", "w[3 * a + b] += v[a]", "w[3 * a + b] += 2.0 * v[a]"),
     "one cell for all structures": ("geometry_source", "cell[batch[n]]", "cell[0]"),
     "edges beyond the cutoff": ("geometry_source", "if r > scales[0]:", "if r > 2 * scales[0]:"),
