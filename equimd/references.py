@@ -19,7 +19,7 @@ from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 
-from equimd.errors import InputError
+from equimd.errors import InputError, in_one_line
 from equimd.origin import KEY as ORIGIN_KEY
 from equimd.theory import is_same_level
 
@@ -207,7 +207,7 @@ def _single_point(atoms: Atoms, name: str) -> dict[str, Any] | str:
         calculator.calculate(atoms, properties)
         results = {key: calculator.results[key] for key in properties}
     except Exception as error:  # whatever a program of quantum chemistry finds wrong with a frame
-        return " ".join(f"{type(error).__name__}: {error or 'no message'}".split())
+        return in_one_line(error)
     odd = [key for key in properties if not np.isfinite(results[key]).all()]
     return f"values of {odd[0]} are not finite" if odd else results
 

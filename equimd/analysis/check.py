@@ -12,7 +12,7 @@ from equimd.calculators.forcefield import ForceField, as_force_field, as_predict
 from equimd.contract.certificate import CHECKS, Certificate, certify
 from equimd.contract.structures import Structure
 from equimd.errors import InputError
-from equimd.frames.electrons import electron_entries
+from equimd.frames.electrons import contradiction, stated_electrons
 from equimd.results import provenance
 
 _RATTLE = 0.05  # Å: no force is zero by symmetry, and none is large
@@ -46,7 +46,8 @@ def check(
         progress: Called with (checks done, checks in all).
 
     Raises:
-        InputError: for an unknown row, no atoms, more than three structures, or a structure that cannot be computed.
+        InputError: for an unknown row, no atoms, more than three structures, a structure that cannot be computed, or
+            one that states a charge or an open shell.
         FailedError: for energies or forces that are not finite.
     """
     field = as_force_field(calculator)
@@ -60,14 +61,12 @@ def check(
     if len(listed) > _MOST:
         raise InputError(f"{len(listed)} structures given; accepted are 1 to {_MOST}")
     prepared = [prepare(atoms, seed) for atoms in listed]
-    if len({str(electron_entries(atoms)) for atoms in prepared}) > 1:
-        raise InputError("the structures differ in charge or spin; accepted are structures of one charge and spin")
+    learned = bool(getattr(field, "learned_symmetry", False))
     start = time.perf_counter()
-    predict = as_predict(field, prepared[0])
     rows = certify(
-        predict,
+        as_predict(field),
         [(_name(atoms), _structure(atoms)) for atoms in prepared],
-        learned_symmetry=getattr(field, "learned_symmetry", False),
+        learned_symmetry=learned,
         limits=limits,
         progress=progress,
         n_points=_n_points(field, prepared[0]),
@@ -76,7 +75,7 @@ def check(
         calculator=field.name,
         ok=all(row.status != "fail" for row in rows),
         structures=[_name(atoms) for atoms in prepared],
-        learned_symmetry=bool(getattr(field, "learned_symmetry", False)),
+        learned_symmetry=learned,
         rows=rows,
         seconds=time.perf_counter() - start,
         provenance=provenance(),
@@ -87,10 +86,13 @@ def prepare(atoms: Atoms, seed: int = 0) -> Atoms:
     """A rattled copy without constraints; a small cell is repeated along its shortest vectors.
 
     Raises:
-        InputError: for no atoms, or a periodic direction without a vector.
+        InputError: for no atoms, a charge or an open shell, or a periodic direction without a vector.
     """
     if len(atoms) == 0:
         raise InputError("the structure has 0 atoms; expected at least 1")
+    for one in stated_electrons(atoms):
+        if (problem := contradiction(one, 0.0, 1.0)) is not None:
+            raise InputError(f"{_name(atoms)}: {problem}; accepted: neutral singlets, which can be cut and repeated")
     periodic = atoms.copy()
     periodic.calc = None
     periodic.set_constraint()

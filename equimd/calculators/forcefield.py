@@ -16,7 +16,6 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from equimd.contract.structures import Predicted, Structure
 from equimd.contract.subject import Predict
 from equimd.errors import InputError
-from equimd.frames.electrons import electron_entries
 from equimd.rotations import rotate_vectors
 
 
@@ -141,15 +140,11 @@ def in_precision(field: ForceField, dtype: str) -> ForceField | None:
     return None if change is None else change(dtype)
 
 
-def as_predict(field: ForceField, template: Atoms) -> Predict:
-    """The force field as the contract sees it: a function of plain structures, with charge and spin of ``template``."""
-    entries = electron_entries(template)
+def as_predict(field: ForceField) -> Predict:
+    """The force field as the contract sees it: a function of plain structures."""
 
     def predict(structures: Sequence[Structure]) -> list[Predicted]:
-        frames = [
-            Atoms(s.numbers, positions=s.positions, cell=s.cell, pbc=s.pbc, info=dict(entries)) for s in structures
-        ]
-        got = field.evaluate(frames)
+        got = field.evaluate([Atoms(s.numbers, positions=s.positions, cell=s.cell, pbc=s.pbc) for s in structures])
         rows = zip(got.energies, got.forces, got.stresses, strict=True)
         return [
             Predicted(float(energy), np.asarray(forces, dtype=np.float64), stress) for energy, forces, stress in rows

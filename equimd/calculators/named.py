@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from equimd.errors import InputError
+from equimd.errors import InputError, in_one_line
 
 
 def is_factory(name: str) -> bool:
@@ -35,7 +35,7 @@ def make_foreign(name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         try:
             found = found(**dict(arguments or {}))
         except Exception as error:  # whatever the user's code raises
-            raise InputError(f"{name} failed: {_in_one_line(error)}") from error
+            raise InputError(f"{name} failed: {in_one_line(error)}") from error
     if not callable(getattr(found, "get_forces", None)):
         raise InputError(f"{name} returned a {type(found).__name__}; expected an ASE calculator")
     return found
@@ -54,9 +54,9 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise InputError(f"there is no module {name!r} here; accepted is package.module:factory") from error
-        raise InputError(f"{name} cannot be imported: {_in_one_line(error)}") from error
+        raise InputError(f"{name} cannot be imported: {in_one_line(error)}") from error
     except Exception as error:
-        raise InputError(f"{name} cannot be imported: {_in_one_line(error)}") from error
+        raise InputError(f"{name} cannot be imported: {in_one_line(error)}") from error
 
 
 def _from_file(file: Path) -> Any:
@@ -77,10 +77,5 @@ def _from_file(file: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise InputError(f"{file} cannot be imported: {_in_one_line(error)}") from error
+        raise InputError(f"{file} cannot be imported: {in_one_line(error)}") from error
     return module
-
-
-def _in_one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

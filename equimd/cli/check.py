@@ -93,13 +93,15 @@ def _table(result: "Certificate") -> Any:
 
     title = Text(f"{result.calculator}, checked in {result.seconds:.0f} s", style="bold")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name, justify in (("check", "left"), ("value", "right"), ("accepted", "right"), ("", "left"), ("", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "")  # type: ignore[arg-type]
+    table.add_column("check", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("accepted", justify="right", no_wrap=True)
+    table.add_column(), table.add_column()
     styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for row in result.rows:
         value = "" if row.value is None else f"{row.value:.2g}"
         accepted = "" if row.tolerance is None else f"{row.tolerance:.2g} {row.unit}"
-        what = row.note or (f"{row.quantity} of {row.structure}" if row.status == "fail" else row.quantity)
+        what = f"{row.note or row.quantity}{f' of {row.structure}' if row.status == 'fail' else ''}"
         table.add_row(row.name, value, accepted, Text(row.status, style=styles[row.status]), what)
     lines = [Text(result.line, style="bold", overflow="fold")]
     if result.learned_symmetry:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 SMALL = 64
 
 PotentialName = Annotated[
-    str, typer.Argument(metavar="POTENTIAL", help="The name of a shipped potential (see equimd info) or a path.")
+    str,
+    typer.Argument(
+        metavar="POTENTIAL",
+        help="The name of a shipped potential (see equimd info), a path, or package.module:factory.",
+    ),
 ]
 StructureName = Annotated[
     str,

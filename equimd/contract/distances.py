@@ -4,18 +4,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equimd.contract.invariances import FAR, FAR_ENERGY, FAR_FORCE
-from equimd.contract.structures import Predicted, Structure, cluster, free, supercell
+from equimd.contract.invariances import FAR, FAR_ENERGY, FAR_FORCE, allowing_for_distance
+from equimd.contract.structures import Predicted, Structure, cluster, free, smooth_directions, supercell
 from equimd.contract.subject import NotApplicable, Part, Rounding, Subject, Tolerances, compare, largest
 
 _DISTANT = 20.0  # Å; the reach of networks with several layers is 15 to 25, and hardly anything is left at its end
 _MOST_ATOMS = 1500
-# A jump of 0.1 meV: steps of 0.5 fs over it, a thousand times a ps, heat a molecule by some K.
+# 0.1 meV: a 250th of kT at 300 K, and a hundred times what float32 leaves of the energy of a molecule.
 _JUMP = 1e-4
 _N_REFINED = 40  # stretches that are looked at again, ten times finer each time
 _FINEST = 1e-5  # of the path: what is still there is a jump, or bends within 0.1 mÅ
-# Atoms with open shells keep an entropy of electrons in methods that occupy orbitals by temperature: 0.07 eV for two
-# atoms of oxygen in GFN2-xTB. A forgotten energy of an isolated atom is an eV or more.
+# Atoms with open shells keep an entropy of electrons in methods that occupy orbitals by temperature, such as GFN2-xTB:
+# some kT for two atoms. The energy of an isolated atom, which may be forgotten, is many times larger.
 _ADDITIVE = 0.2
 
 
@@ -23,14 +23,9 @@ def extensivity(subject: Subject, structure: Structure, base: Predicted, accepte
     """Supercells, or two copies of a molecule far apart: each copy is what it was."""
     n = len(structure.numbers)
     if structure.is_periodic:
-        axes = [k for k in range(3) if structure.pbc[k]]
-        larger = [supercell(structure, tuple(2 if k == axis else 1 for k in range(3))) for axis in axes]  # type: ignore[arg-type]
-        why = accepted.why
+        larger = [supercell(structure, axis, 2) for axis in range(3) if structure.pbc[axis]]
     else:
-        larger, why = [_pair(structure, 2 * FAR)], f"{accepted.why}, or interactions of dipoles {2 * FAR:g} Å apart"
-        accepted = accepted._replace(
-            energy=max(accepted.energy, FAR_ENERGY / n), forces=max(accepted.forces, FAR_FORCE), why=why
-        )
+        larger, accepted = [_pair(structure, 2 * FAR)], allowing_for_distance(accepted, n, 2 * FAR)
     parts = []
     for got in subject.many(larger):
         energy = got.energy / 2
@@ -45,7 +40,7 @@ def locality(subject: Subject, structure: Structure, base: Predicted, accepted: 
         heights = 1 / np.linalg.norm(np.linalg.pinv(structure.cell), axis=0)
         axis = int(np.argmax(np.where(structure.pbc, heights, 0.0)))
         copies = int(np.ceil(2 * (_DISTANT + heights[axis]) / heights[axis]))
-        whole = supercell(structure, tuple(copies if k == axis else 1 for k in range(3)))  # type: ignore[arg-type]
+        whole = supercell(structure, axis, copies)
         if len(whole.numbers) > _MOST_ATOMS:
             raise NotApplicable(f"a supercell that is long enough has {len(whole.numbers)} atoms")
         separations = (whole.positions - whole.positions[0]) @ np.linalg.pinv(whole.cell)[:, axis]
@@ -141,8 +136,7 @@ def _pair(molecule: Structure, distance: float) -> Structure:
 
 def _collective(structure: Structure) -> tuple[Structure, np.ndarray]:
     """All atoms move along lines of 0.3 Å: many pairs cross every cutoff. Where they start, and how far they go."""
-    directions = np.random.default_rng(37).normal(size=structure.positions.shape)
-    directions *= 0.3 / np.linalg.norm(directions, axis=1, keepdims=True)
+    directions = 0.3 * smooth_directions(structure, 37)
     return structure._replace(positions=structure.positions - directions / 2), directions
 
 

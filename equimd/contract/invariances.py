@@ -73,7 +73,7 @@ def cell_orientation(subject: Subject, structure: Structure, base: Predicted, ac
     """The same lattice by other vectors (permuted, left-handed, not reduced), atoms in the cell or outside."""
     if not structure.is_periodic:
         raise NotApplicable("the structure has no cell")
-    found = subject.many(descriptions_of_the_cell(structure))
+    found = subject.any_of(descriptions_of_the_cell(structure))
     return [part for got in found for part in compare(base, got, accepted)]
 
 
@@ -81,22 +81,17 @@ def neighbors(subject: Subject, structure: Structure, base: Predicted, accepted:
     """A few atoms without a cell, in huge periodic boxes, and in a cell that is not periodic: all the same."""
     small = cluster(structure)
     without = subject.alone(small)
-    n = len(small.numbers)
-    loose = accepted._replace(
-        energy=max(accepted.energy, FAR_ENERGY / n),
+    loose = allowing_for_distance(accepted, len(small.numbers), FAR)
+    return [part for got in subject.any_of(boxes(small, FAR)) for part in compare(without, got, loose)]
+
+
+def allowing_for_distance(accepted: Tolerances, n_atoms: int, distance: float) -> Tolerances:
+    """Tolerances for copies of a molecule that are so far (Å) from each other."""
+    return accepted._replace(
+        energy=max(accepted.energy, FAR_ENERGY / n_atoms),
         forces=max(accepted.forces, FAR_FORCE),
-        why=f"{accepted.why}, or interactions with images {FAR:g} Å away",
+        why=f"{accepted.why}, or interactions of dipoles {distance:g} Å apart",
     )
-    parts = []
-    for box in boxes(small, FAR):
-        try:
-            got = subject.alone(box)
-        except NotApplicable:
-            if not box.pbc.all():  # many calculators know no partly periodic structures
-                continue
-            raise
-        parts += compare(without, got, loose)
-    return parts
 
 
 def isolated_atom(subject: Subject, structure: Structure, base: Predicted, accepted: Tolerances) -> list[Part]:

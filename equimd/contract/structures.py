@@ -7,6 +7,8 @@ import numpy as np
 
 from equimd.rotations import rotate_back_tensor, rotate_back_vectors, rotate_vectors
 
+_ALIKE = 1.5  # Å: about the length of a bond
+
 
 class Structure(NamedTuple):
     """Positions (N, 3) in Å, atomic numbers (N,), cell (3, 3) with rows as vectors in Å, pbc (3,)."""
@@ -63,12 +65,13 @@ def deformed(structure: Structure, strain: np.ndarray) -> Structure:
     return structure._replace(positions=structure.positions @ by, cell=structure.cell @ by)
 
 
-def supercell(structure: Structure, repeats: tuple[int, int, int]) -> Structure:
-    """n copies along each lattice vector, one whole copy after the other."""
-    shifts = np.array(list(itertools.product(*(range(n) for n in repeats))))
-    positions = (structure.positions + (shifts @ structure.cell)[:, None, :]).reshape(-1, 3)
-    numbers = np.tile(structure.numbers, len(shifts))
-    return Structure(positions, numbers, structure.cell * np.array(repeats)[:, None], structure.pbc)
+def supercell(structure: Structure, axis: int, copies: int) -> Structure:
+    """Copies along one lattice vector, one whole copy after the other."""
+    shifts = np.arange(copies)[:, None, None] * structure.cell[axis]
+    cell = structure.cell.copy()
+    cell[axis] *= copies
+    numbers = np.tile(structure.numbers, copies)
+    return Structure((structure.positions + shifts).reshape(-1, 3), numbers, cell, structure.pbc)
 
 
 def descriptions_of_the_cell(structure: Structure) -> list[Structure]:
@@ -122,6 +125,16 @@ def without_last_atom(structure: Structure) -> Structure:
     """A structure of another size, with a vacancy; a single atom stays."""
     n = max(1, len(structure.numbers) - 1)
     return structure._replace(positions=structure.positions[:n], numbers=structure.numbers[:n])
+
+
+def smooth_directions(structure: Structure, seed: int) -> np.ndarray:
+    """A random unit vector for each atom (N, 3), alike for near atoms, so that atoms that move along do not collide."""
+    away = structure.positions[None] - structure.positions[:, None]
+    periodic = structure.cell[structure.pbc]
+    away = away - np.round(away @ np.linalg.pinv(periodic)) @ periodic if len(periodic) else away
+    near = np.exp(-(away**2).sum(axis=-1) / (2 * _ALIKE**2))
+    directions = near @ np.random.default_rng(seed).normal(size=structure.positions.shape)
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
 def _normal(cell: np.ndarray, axes: list[int]) -> np.ndarray:

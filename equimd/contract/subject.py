@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from equimd.contract.structures import Predicted, Structure, turned
+from equimd.errors import in_one_line
 from equimd.rotations import random_rotations
 
 Predict = Callable[[Sequence[Structure]], list[Predicted]]
@@ -25,6 +26,10 @@ _RELATIVE = 2e-5
 
 class NotApplicable(Exception):  # noqa: N818, it is no error
     """A check that means nothing for this structure or calculator; the message says why."""
+
+
+class Refused(NotApplicable):
+    """The calculator raised."""
 
 
 class Part(NamedTuple):
@@ -61,7 +66,7 @@ class Rounding(NamedTuple):
 
 
 class Subject:
-    """A calculator as a function of structures; what it raises becomes ``NotApplicable``, for it refused."""
+    """A calculator as a function of structures; whatever it raises becomes ``Refused``."""
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
@@ -71,9 +76,18 @@ class Subject:
         try:
             return self._predict(structures)
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-            raise NotApplicable(f"the calculator refuses: {first}") from error
+            raise Refused(f"the calculator refuses: {in_one_line(error)}") from error
+
+    def any_of(self, structures: Sequence[Structure]) -> list[Predicted]:
+        """Predictions for those of the structures that the calculator takes, one by one; it must take one."""
+        found: list[Predicted] = []
+        for k, structure in enumerate(structures):
+            try:
+                found.append(self.alone(structure))
+            except Refused:
+                if not found and k == len(structures) - 1:
+                    raise
+        return found
 
     def alone(self, structure: Structure) -> Predicted:
         """The prediction for one structure."""
@@ -126,7 +140,8 @@ def estimate_rounding(
     """
     rng = np.random.default_rng(seed)
     direction = rng.normal(size=structure.positions.shape)
-    rotations = random_rotations(2 * _POINTS, seed).rotations
+    # Proper ones: some calculators refuse left-handed cells.
+    rotations = random_rotations(2 * _POINTS, seed, inversion=False).rotations
     found: list[Predicted] = []
     for k in range(_POINTS):
         predict(turned(structure, rotations[2 * k]))

@@ -50,6 +50,7 @@ def test_molecules_and_default_structures():
         assert status["stress"] == status["cell_orientation"] == "not applicable"
         assert certificate.ok
         assert certificate.structures == ["C2H6O"]
+        assert "14 of 14 checks passed, not applicable: lattice_translation, cell_orientation" in certificate.line
 
 
 def test_a_symmetry_that_is_learned_may_be_broken_a_little(tmp_path):
@@ -63,6 +64,41 @@ def test_a_symmetry_that_is_learned_may_be_broken_a_little(tmp_path):
     assert rows["translation"].tolerance < 1e-3
     calculator.learned_symmetry = False
     assert {row.name for row in check(calculator).rows if row.status == "fail"} == {"rotation", "inversion"}
+
+
+def test_who_raises_for_the_same_structure_fails():
+    """Refusing atoms alone is allowed, refusing a rotated crystal is not."""
+
+    class KnowsNoMolecules(EMT):
+        def calculate(self, atoms=None, *args):
+            if not atoms.pbc.all():
+                raise NotImplementedError("no molecules")
+            return super().calculate(atoms, *args)
+
+    allowed = {row.name: row for row in check(KnowsNoMolecules(), bulk("Cu")).rows}
+    assert allowed["isolated_atom"].status == "not applicable"
+    assert "no molecules" in allowed["isolated_atom"].note
+    assert all(row.status != "fail" for row in allowed.values())
+
+    class RightHanded(EMT):
+        def calculate(self, atoms=None, *args):
+            if np.linalg.det(atoms.cell.array) < 0:
+                raise RuntimeError("mirrored")
+            return super().calculate(atoms, *args)
+
+    rows = {row.name: row for row in check(RightHanded(), bulk("Cu")).rows}
+    assert rows["inversion"].status == "fail"
+    assert "mirrored" in rows["inversion"].note
+    assert rows["cell_orientation"].status == "pass", "descriptions of the cell that it takes are compared"
+
+
+def test_charges_are_refused():
+    ion = molecule("CH3CH2OH")
+    ion.info["charge"] = 1
+    with pytest.raises(InputError, match="C2H6O: total charge is 1 e; accepted: neutral singlets"):
+        check(LennardJones(), ion)
+    ion.info["charge"] = 0
+    assert check(LennardJones(), ion).ok
 
 
 def test_other_tolerances():
@@ -113,3 +149,25 @@ def test_what_cannot_be_checked_is_said_in_one_line(tmp_path):
 )
 def test_bad_input_ends_in_2(refused, arguments, message):
     assert message in refused("check", *arguments)
+
+
+def test_other_commands_take_somebody_elses_calculator(run, tmp_path):
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=0)
+    labelled = atoms.copy()
+    labelled.info["charge"] = 1  # which only equimd's own potentials may mind
+    labelled.info["REF_energy"], labelled.arrays["REF_forces"] = 1.0, np.ones((4, 3))
+    atoms.write(tmp_path / "cu.xyz")
+    labelled.write(tmp_path / "labelled.xyz")
+    name, structure = "ase.calculators.emt:EMT", tmp_path / "cu.xyz"
+    for command in (
+        ["evaluate", name, tmp_path / "labelled.xyz"],
+        ["equivariance", name, structure, "--degree", 2],
+        ["throughput", name, structure, "--block-seconds", 0.01],
+        ["md", name, structure, "-o", tmp_path / "run.h5", "--steps", 2],
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, (command, result.stderr)
+    found = json.loads(run("evaluate", name, tmp_path / "labelled.xyz", "--json", "-").stdout)
+    atoms.calc = EMT()
+    assert found["force"]["mae"] == pytest.approx(np.abs(atoms.get_forces() - 1.0).mean(), rel=1e-6)

@@ -40,7 +40,8 @@ def test_help_and_version(run):
 
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("train", "md", "evaluate", "equivariance", "throughput", "compare", "report", "info", "data"):
+    commands = "train md evaluate equivariance throughput check compare report info data"
+    for command in commands.split():
         assert command in result.stdout
     assert run("--version").stdout == f"equimd {__version__}\n"
 

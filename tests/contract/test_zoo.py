@@ -1,11 +1,13 @@
-"""Every planted fault is caught by the row that is there for it; sound calculators raise no alarm."""
+"""Every planted fault is caught by the row that is there for it; sound calculators and what ships raise no alarm."""
 
 import pytest
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from ase.io import read
 from zoo import FAULTS, Sound
 
+from equimd import EquimdCalculator, find_potential, list_potentials
 from equimd.analysis.check import check
 
 
@@ -42,4 +44,10 @@ def test_no_false_alarm(calculator, structure):
 def test_no_false_alarm_of_a_self_consistent_method():
     tblite = pytest.importorskip("tblite.ase")
     certificate = check(tblite.TBLite(method="GFN2-xTB", verbosity=0), [molecule("CH3CH2OH")])
+    assert certificate.ok, [row for row in certificate.rows if row.status == "fail"]
+
+
+@pytest.mark.parametrize("name", list_potentials())
+def test_shipped_potentials_pass(name):
+    certificate = check(EquimdCalculator(name), read(find_potential(name) / "start.xyz"))
     assert certificate.ok, [row for row in certificate.rows if row.status == "fail"]

@@ -31,7 +31,6 @@ class Sound(Calculator):
     """E = ½ Σ f(r) with f = Z-dependent Morse-like wells times (1 − (r/c)²)⁴; an energy of each atom besides."""
 
     implemented_properties: ClassVar = ["energy", "forces", "stress"]
-    fault = ""
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
         super().calculate(atoms, properties, system_changes)
@@ -90,7 +89,7 @@ class TransposedForces(Sound):
 
 
 class DroppedVirial(Sound):
-    """Pairs of an atom with its own image are left out of the stress."""
+    """Half of the shear is lost."""
 
     def evaluate(self, atoms):
         """As of Sound."""
@@ -146,7 +145,7 @@ class Float32Sums(Sound):
 
 
 class StaleList(Sound):
-    """A list of neighbours that is kept however far atoms move, until there are other atoms."""
+    """A list of neighbours with a skin of 0.1 Å, which is kept until an atom has moved by 1 Å or there are others."""
 
     kept = None
 
